@@ -1,0 +1,240 @@
+"""A real Prefect server, agents and workers, and a tiny real Kedro project, for every lane."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "register_prefect_flow.py"
+BIN = Path(sys.executable).parent
+
+# Before anything imports Prefect or Kedro: nothing of this machine's user may leak in.
+os.environ.update(
+    PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-home-"),
+    DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_WORKER_QUERY_SECONDS="1",
+    PREFECT_AGENT_QUERY_INTERVAL="1",
+    COLUMNS="200",  # rich would break messages to the width of a terminal that is not there
+)
+for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "KEDRO_ENV", "KEDRO_LOGGING_CONFIG"):
+    os.environ.pop(_name, None)
+
+import kedro  # noqa: E402
+import prefect  # noqa: E402
+from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
+from tiny_project import write_tiny_project  # noqa: E402
+
+PREFECT_3 = int(prefect.__version__.split(".")[0]) >= 3
+DOCUMENTED = prefect.__version__ == "2.10.17"
+KEDRO_1 = int(kedro.__version__.split(".")[0]) >= 1
+POOL_TYPE = "prefect-agent" if DOCUMENTED else "process"
+
+
+def run(
+    *command: str | Path, cwd: Path, env: dict[str, str] | None = None, timeout: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, nobody at the keyboard, and return its output."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def eventually(ask: Callable[[], Any], seconds: float = 90, or_show: Any = "") -> Any:
+    """Ask until the answer is true, and return it."""
+    end = time.monotonic() + seconds
+    while not (answer := ask()):
+        assert time.monotonic() < end, f"not so within {seconds} s: {or_show}"
+        time.sleep(0.2)
+    return answer
+
+
+class Server:
+    """A Prefect server process, and what tests ask it and do with it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.env = {"PREFECT_API_URL": self.url}
+        self.folder = folder
+        env = {"PREFECT_HOME": str(folder)}
+        command = [BIN / "prefect", "server", "start", "--port", str(self.port)]
+        self.process = self.start(command, "server", cwd=folder, env=env)
+
+    def start(
+        self, command: list[Any], name: str, cwd: Path, env: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start a process that goes on, in a group of its own, its output in a file."""
+        with open(self.folder / f"{name}.log", "wb") as log:
+            return subprocess.Popen(
+                [str(part) for part in command],
+                cwd=cwd,
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
+        try:
+            return urllib.request.urlopen(f"{self.url}/health", timeout=2).status == 200
+        except OSError:
+            return False
+
+    def post(self, path: str, body: Any) -> Any:
+        return self.request("POST", path, body)
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.loads(response.read() or "null")
+
+    def prefect(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return run(BIN / "prefect", *arguments, cwd=cwd, env=self.env)
+
+    def flow_run(self, flow_run_id: str) -> dict[str, Any]:
+        return self.request("GET", f"/flow_runs/{flow_run_id}")
+
+    def task_runs(self, flow_run_id: str) -> dict[str, dict[str, Any]]:
+        """The task runs of a flow run, by the names of their tasks."""
+        body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+        runs = self.post("/task_runs/filter", body)
+        # Prefect adds a number to a task's name where the run has no name of its own: kedro_init,
+        # and on Prefect 2 what was not run.
+        return {re.sub(r"-\w{1,3}$", "", run["name"]): run for run in runs}
+
+    def await_states(self, flow_run_id: str, expected: dict[str, str]) -> None:
+        """Wait until the task runs are in these states; Prefect 3 records them late."""
+        states: dict[str, str] = {}
+
+        def as_expected() -> bool:
+            runs = self.task_runs(flow_run_id)
+            states.clear()
+            states.update({name: run["state_name"] for name, run in runs.items()})
+            return states == expected
+
+        eventually(as_expected, or_show=states)
+
+    def trigger(self, deployment: str, cwd: Path) -> str:
+        """Start a run of a deployment from the command line, and return its id."""
+        done = self.prefect("deployment", "run", deployment, cwd=cwd)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.search(r"flow-runs?/flow-run/([0-9a-f-]{36})|UUID: ([0-9a-f-]{36})", done.stdout)[
+            0
+        ][-36:]
+
+    def finished(self, flow_run_id: str) -> dict[str, Any]:
+        """Wait until a flow run has ended, and return it."""
+
+        def ended() -> dict[str, Any] | None:
+            flow_run = self.flow_run(flow_run_id)
+            final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+            return flow_run if flow_run["state_type"] in final else None
+
+        return eventually(ended)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process that was started here, and what it started, by their own group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests of the lane."""
+    server = Server(tmp_path_factory.mktemp("prefect-server"))
+    try:
+        eventually(server.is_up)
+        yield server
+    finally:
+        stop(server.process)
+
+
+@pytest.fixture
+def in_process(server: Server) -> Iterator[Server]:
+    """Let flows of this process use the server."""
+    with temporary_settings(updates={PREFECT_API_URL: server.url}):
+        yield server
+
+
+@pytest.fixture
+def pool(server: Server, tmp_path: Path) -> Iterator[str]:
+    """A work pool named after the test's folder, and an agent or worker started elsewhere."""
+    name = f"pool-{tmp_path.name}"
+    server.post("/work_pools/", {"name": name, "type": POOL_TYPE})
+    kind = "agent" if DOCUMENTED else "worker"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [BIN / "prefect", kind, "start", "--pool", name, "--work-queue", "default"]
+    process = server.start(command, name, cwd=elsewhere, env=server.env)
+    yield name
+    stop(process)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A tiny Kedro project with the script copied in."""
+    return copy_in(write_tiny_project(tmp_path / "project"))
+
+
+def copy_in(project: Path) -> Path:
+    """Do what the README tells a user to do."""
+    shutil.copy(SCRIPT, project)
+    shutil.copy(SCRIPT.parent / ".telemetry.example", project / ".telemetry")
+    return project
+
+
+def register(project: Path, server: Server | None, *arguments: str, **options: Any) -> Any:
+    """Run the script in a process of its own, as a user does."""
+    env = {**(server.env if server else {}), **options.pop("env", {})}
+    script = project / "register_prefect_flow.py"
+    return run(sys.executable, script, *arguments, cwd=options.pop("cwd", project), env=env)
+
+
+def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The reference: `kedro run` of the same project."""
+    return run(sys.executable, "-m", "kedro", "run", "--env", "base", *arguments, cwd=project)
+
+
+def written_files(project: Path) -> dict[str, bytes]:
+    """Every file below data/, by its path, with save versions made alike."""
+    version = re.compile(r"\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\d\.\d{3}Z")
+    data = project / "data"
+    return {
+        version.sub("VERSION", path.relative_to(data).as_posix()): path.read_bytes()
+        for path in sorted(data.rglob("*"))
+        if path.is_file()
+    }

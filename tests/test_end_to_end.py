@@ -1,0 +1,128 @@
+"""The whole way, as a user goes it: server, pool, agent or worker, registration, runs."""
+
+import json
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import (
+    Server,
+    copy_in,
+    eventually,
+    kedro_run,
+    register,
+    written_files,
+)
+from tiny_project import write_tiny_project
+
+
+def trace(project: Path) -> Counter[str]:
+    """The hook calls of the project's runs, how often each."""
+    return Counter((project / "trace.jsonl").read_text().splitlines())
+
+
+def register_and_forget(project: Path, server: Server, pool: str, *arguments: str) -> str:
+    """Register, remove the traces of that, and return the deployment's full name."""
+    done = register(
+        project, server, "--work_pool_name", pool, "--work_queue_name", "default", *arguments
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (project / "trace.jsonl").unlink()
+    return re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """A second copy of the project, at a path of the same name."""
+    return copy_in(write_tiny_project(tmp_path / "reference" / "project"))
+
+
+def test_a_run_gives_what_kedro_run_gives(
+    server: Server, pool: str, project: Path, reference: Path
+) -> None:
+    deployment = register_and_forget(project, server, pool)
+    assert deployment == "tiny/example"
+    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+
+    assert kedro_run(reference).returncode == 0
+    assert written_files(project) == written_files(reference)
+    assert len(written_files(project)) == 3
+    assert trace(project) == trace(reference)
+    assert not (project / ".prefectignore").exists()
+
+    expected = dict.fromkeys(["kedro_init", "double", "scale", "add", "report"], "Completed")
+    server.await_states(flow_run["id"], expected)
+
+
+def test_a_second_run_is_a_session_of_its_own(server: Server, pool: str, project: Path) -> None:
+    deployment = register_and_forget(project, server, pool)
+    for _ in range(2):
+        flow_run = server.finished(server.trigger(deployment, cwd=project))
+        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+    assert len(list((project / "data/report.pickle").iterdir())) == 2
+
+
+def test_two_runs_at_once_both_succeed(server: Server, pool: str, project: Path) -> None:
+    (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 3\n")
+    deployment = register_and_forget(project, server, pool)
+    with ThreadPoolExecutor() as threads:
+        triggers = [threads.submit(server.trigger, deployment, cwd=project) for _ in range(2)]
+        flow_runs = [trigger.result() for trigger in triggers]
+    runs = [server.finished(flow_run) for flow_run in flow_runs]
+    assert [run["state_type"] for run in runs] == ["COMPLETED", "COMPLETED"]
+    last_start, first_end = (
+        choose(run[key] for run in runs) for choose, key in ((max, "start_time"), (min, "end_time"))
+    )
+    assert last_start < first_end, "they did not overlap"
+    assert len(list((project / "data/report.pickle").iterdir())) == 2
+
+
+def test_a_failing_pipeline_fails_as_kedro_run_fails(
+    server: Server, pool: str, project: Path, reference: Path
+) -> None:
+    deployment = register_and_forget(project, server, pool, "--pipeline", "broken")
+    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    assert flow_run["state_type"] == "FAILED"
+    assert "ZeroDivisionError: no number left" in flow_run["state"]["message"]
+
+    logs = server.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}})
+    traceback = next(log["message"] for log in logs if "Traceback" in log["message"])
+    last_lines = traceback.rstrip().splitlines()[-3:]
+    assert "# the user's line" in "".join(last_lines), traceback
+    assert last_lines[-1] == "ZeroDivisionError: no number left"
+
+    expected = {
+        "kedro_init": "Completed",
+        "fail": "Failed",
+        "behind": "NotReady",
+        "side": "Completed",
+    }
+    server.await_states(flow_run["id"], expected)
+
+    # `kedro run` stops at once; here the independent branch went on. All else is the same.
+    assert kedro_run(reference, "--pipeline", "broken").returncode == 1
+    assert json.loads((project / "data/side.json").read_text()) == 3
+    assert not (reference / "data/side.json").exists()
+    of_errors = [
+        Counter(call for call in trace(path).elements() if "error" in call.split('"')[1])
+        for path in (project, reference)
+    ]
+    assert of_errors[0] == of_errors[1]
+    assert sum(of_errors[0].values()) == 2, "on_node_error and on_pipeline_error"
+
+
+def test_the_graph_in_the_ui_is_the_pipeline(server: Server, pool: str, project: Path) -> None:
+    deployment = register_and_forget(project, server, pool)
+    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    eventually(lambda: len(server.task_runs(flow_run["id"])) == 5)
+    runs = server.task_runs(flow_run["id"])
+    names = {run["id"]: name for name, run in runs.items()}
+    edges = {
+        (names[parent["id"]], name)
+        for name, run in runs.items()
+        for parent in run["task_inputs"].get("wait_for", [])
+    }
+    assert edges == {("double", "add"), ("scale", "add"), ("add", "report")}

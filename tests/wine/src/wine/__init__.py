@@ -1,0 +1,1 @@
+"""Three models that tell whose wine it is."""
