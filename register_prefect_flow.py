@@ -31,7 +31,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from itertools import chain
@@ -75,7 +75,7 @@ from kedro.runner import SequentialRunner
 from prefect import Flow, Task, flow, get_client, get_run_logger, task
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 _KEDRO_1 = _version(kedro.__version__) >= (1,)
 _PREFECT_3 = _version(prefect.__version__) >= (3,)
@@ -116,13 +116,18 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
 
 
 if _PREFECT_3:
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import serve
     from prefect.runner.storage import LocalStorage
+    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
     from prefect.task_runners import ThreadPoolTaskRunner
 
     _SUGGESTED_POOL_TYPE = "process"
     _AGENT_POOL_TYPES: tuple[str, ...] = ()
+    # The embedded server makes its database at its first start: 12 s on a fast machine. Prefect
+    # waits 20 s (3.0: 10 s).
+    _RUN_SETTINGS: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 60}
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
@@ -142,15 +147,24 @@ if _PREFECT_3:
         deployment.entrypoint = ENTRYPOINT
         return deployment  # type: ignore[return-value]  # 3.0 types it as a coroutine, too
 
-    def _register(project_flow: Flow[..., Any], job_variables: Any, **options: Any) -> Any:
+    def _register(
+        project_flow: Flow[..., Any], job_variables: dict[str, Any], existing: Any, **options: Any
+    ) -> Any:
         deployment = _make_deployment(project_flow, job_variables=job_variables, **options)
         deployment.storage = LocalStorage(path=str(PROJECT_PATH))
-        # What this script does not set stays as it is on the server: pauses, schedules, tags.
+        if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
+            deployment.paused = existing.paused
+            deployment.schedules = [
+                DeploymentScheduleCreate(schedule=schedule.schedule, active=schedule.active)
+                for schedule in existing.schedules
+            ]
+        # What is not set stays as it is on the server, where users may have changed it.
         deployment.model_fields_set.difference_update({"schedules", "paused", "tags"})
         return deployment.apply()
 
     def _serve(project_flow: Flow[..., Any], **options: Any) -> None:
-        serve(_make_deployment(project_flow, **options))
+        with suppress(KeyboardInterrupt):  # which Prefect itself does since 3.0.11
+            serve(_make_deployment(project_flow, **options))
 
 else:
     from prefect.deployments import Deployment
@@ -159,6 +173,7 @@ else:
     _is_agent_time = _version(prefect.__version__) < (2, 16, 4)
     _SUGGESTED_POOL_TYPE = "prefect-agent" if _is_agent_time else "process"
     _AGENT_POOL_TYPES = ("prefect-agent",)
+    _RUN_SETTINGS = {}
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
@@ -172,7 +187,9 @@ else:
     def _final_state(future: Any) -> Any:
         return future.wait()
 
-    def _register(project_flow: Flow[..., Any], job_variables: Any, **options: Any) -> Any:
+    def _register(
+        project_flow: Flow[..., Any], job_variables: dict[str, Any], existing: Any, **options: Any
+    ) -> Any:
         with warnings.catch_warnings():  # deprecated since 2.18, and all that knows agents
             warnings.simplefilter("ignore", DeprecationWarning)
             deployment = Deployment.build_from_flow(
@@ -185,6 +202,8 @@ else:
                 ignore_file=os.devnull,  # or else it leaves an empty .prefectignore behind
                 **options,
             )
+        if existing:  # the pause, which 2.20 does not load with the other existing settings
+            deployment.is_schedule_active = existing.is_schedule_active
         return deployment.apply()
 
     def _serve(project_flow: Flow[..., Any], **options: Any) -> None:
@@ -195,7 +214,7 @@ else:
 
 
 def _default_max_workers() -> int:
-    # Prefect has this setting since 3.2; unset, its thread pool has no limit.
+    # Prefect 2 and 3.0.0 lack this setting; unset, the thread pool would have no limit.
     setting = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
     return (setting and setting.value()) or min(32, (os.cpu_count() or 1) + 4)
 
@@ -500,8 +519,8 @@ def my_flow(pipeline_name: str = "__default__", env: str = "base") -> None:
     """Run a Kedro pipeline, each of its nodes as a Prefect task.
 
     Args:
-        pipeline_name: The registered pipeline to run. Default: `__default__`.
-        env: The Kedro configuration environment, a folder of `conf`. Default: `base`.
+        pipeline_name (str): The registered pipeline to run. Default: `__default__`.
+        env (str): The Kedro configuration environment, a folder of `conf`. Default: `base`.
     """
     get_run_logger().info("Initializing Kedro...")
     with kedro_init(PROJECT_PATH, env) as session:
@@ -598,6 +617,14 @@ async def _check_work_queue(
         await client.create_work_queue(name=queue_name, work_pool_name=pool_name)
 
 
+async def _find_deployment(full_name: str) -> Any | None:
+    async with get_client() as client:
+        try:
+            return await client.read_deployment_by_name(full_name)
+        except ObjectNotFound:
+            return None
+
+
 async def _check_server() -> None:
     async with get_client() as client:
         error = await client.api_healthcheck()
@@ -650,9 +677,10 @@ async def _wait_until_recorded(flow_run_id: Any, expected: int, patience: float 
             runs: list[Any] = []
             while page := await client.read_task_runs(flow_run_filter=mine, offset=len(runs)):
                 runs += page
-            ended = [run for run in runs if run.state.is_final() or run.state.name == "NotReady"]
-            if len(ended) != recorded:
-                recorded, changed = len(ended), loop.time()
+            states = [run.state for run in runs if run.state]
+            ended = sum(state.is_final() or state.name == "NotReady" for state in states)
+            if ended != recorded:
+                recorded, changed = ended, loop.time()
             await asyncio.sleep(0.2)
 
 
@@ -663,9 +691,10 @@ def _run_now(
     datasets: dict[str, Any | None],
 ) -> None:
     """Run the flow in this process; exit code 1 if it fails."""
-    state = project_flow(**parameters, return_state=True)
-    tasks = len(pipeline.nodes) + 1  # and kedro_init
-    _call_api(_wait_until_recorded(state.state_details.flow_run_id, tasks))
+    with temporary_settings(set_defaults=_RUN_SETTINGS):
+        state = project_flow(**parameters, return_state=True)
+        tasks = len(pipeline.nodes) + 1  # and kedro_init
+        _call_api(_wait_until_recorded(state.state_details.flow_run_id, tasks))
     if not state.is_completed():
         raise click.ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
     click.echo("The flow run has completed. Its outputs:")
@@ -740,14 +769,15 @@ def prefect_deploy(
         return None if dry_run else _serve(project_flow, **options)
     pool = _call_api(_find_work_pool(work_pool_name, work_queue_name, work_pool_type, dry_run))
     if not dry_run:
+        full_name = f"{metadata.package_name}/{deployment_name}"
         deployment_id = _register(
             project_flow,
+            existing=_call_api(_find_deployment(full_name)),
             job_variables={"env": {"PREFECT_LOGGING_LEVEL": logging_level}},
             work_pool_name=work_pool_name,
             work_queue_name=work_queue_name,
             **options,
         )
-        full_name = f"{metadata.package_name}/{deployment_name}"
         _print_next_steps(deployment_id, full_name, pool, work_queue_name)
 
 

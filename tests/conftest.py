@@ -33,6 +33,7 @@ for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "KEDRO_ENV", "KEDRO_LOGGING_
     os.environ.pop(_name, None)
 
 import kedro  # noqa: E402
+import kedro.io  # noqa: E402
 import prefect  # noqa: E402
 from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from tiny_project import write_tiny_project  # noqa: E402
@@ -40,6 +41,7 @@ from tiny_project import write_tiny_project  # noqa: E402
 PREFECT_3 = int(prefect.__version__.split(".")[0]) >= 3
 DOCUMENTED = prefect.__version__ == "2.10.17"
 KEDRO_1 = int(kedro.__version__.split(".")[0]) >= 1
+MemoryDataset = getattr(kedro.io, "MemoryDataset", None) or kedro.io.MemoryDataSet  # 0.18.12
 POOL_TYPE = "prefect-agent" if DOCUMENTED else "process"
 
 
@@ -190,16 +192,14 @@ def in_process(server: Server) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
-def pool(server: Server, tmp_path: Path) -> Iterator[str]:
-    """A work pool named after the test's folder, and an agent or worker started elsewhere."""
-    name = f"pool-{tmp_path.name}"
+@pytest.fixture(scope="session")
+def pool(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A work pool, and an agent or worker that was started far from any project."""
+    name = "pool"
     server.post("/work_pools/", {"name": name, "type": POOL_TYPE})
     kind = "agent" if DOCUMENTED else "worker"
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
     command = [BIN / "prefect", kind, "start", "--pool", name, "--work-queue", "default"]
-    process = server.start(command, name, cwd=elsewhere, env=server.env)
+    process = server.start(command, kind, tmp_path_factory.mktemp("elsewhere"), server.env)
     yield name
     stop(process)
 

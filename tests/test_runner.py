@@ -1,0 +1,346 @@
+"""The runner in a flow: order, side by side, failure, release, tags."""
+
+import asyncio
+import gc
+import logging
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import PREFECT_3, MemoryDataset, Server, eventually
+from kedro.framework.hooks import hook_impl
+from kedro.framework.hooks.manager import _create_hook_manager
+from kedro.io import DataCatalog
+from kedro.pipeline import node, pipeline
+from kedro.runner import SequentialRunner
+from prefect import flow
+
+import register_prefect_flow
+from register_prefect_flow import PrefectRunner
+
+
+def run_in_flow(
+    nodes: list[Any], inputs: dict[str, Any] | None = None, hooks: Any = None, **options: Any
+) -> tuple[Any, list[Any]]:
+    """Run nodes in a flow; return the flow run's state, and what the runner gave or raised."""
+    catalog = DataCatalog({name: MemoryDataset(data) for name, data in (inputs or {}).items()})
+    hook_manager = _create_hook_manager()
+    if hooks:
+        hook_manager.register(hooks)
+    outcome: list[Any] = []
+
+    @flow
+    def any_flow() -> None:
+        try:
+            outcome.append(
+                PrefectRunner(**options).run(pipeline(nodes), catalog, hook_manager)
+            )
+        except Exception as error:
+            outcome.append(error)
+            raise
+
+    return any_flow(return_state=True), outcome
+
+
+def flow_run_id(state: Any) -> str:
+    return str(state.state_details.flow_run_id)
+
+
+def give(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def same(*values: Any) -> Any:
+    return values[0]
+
+
+def test_outputs_come_back_as_from_kedros_runners(in_process: Server) -> None:
+    state, [outputs] = run_in_flow(
+        [node(lambda a: a + 1, "a", "b", name="first"), node(same, "b", "c", name="second")],
+        {"a": 1},
+    )
+    assert state.is_completed()
+    assert list(outputs) == ["c"]
+    assert getattr(outputs["c"], "load", lambda: outputs["c"])() == 2
+
+
+def test_nodes_run_side_by_side(in_process: Server) -> None:
+    meeting = threading.Barrier(2, timeout=60)
+    nodes = [node(lambda: meeting.wait(), None, name, name=name) for name in ("here", "there")]
+    assert run_in_flow(nodes)[0].is_completed()
+
+
+def test_a_node_starts_when_its_inputs_are_there_whatever_else_goes_on(
+    in_process: Server,
+) -> None:
+    second_ran = threading.Event()
+
+    def slow() -> int:
+        assert second_ran.wait(timeout=60), "the second layer waited for all of the first"
+        return 1
+
+    def second(first: int) -> int:
+        second_ran.set()
+        return first
+
+    nodes = [
+        node(slow, None, "slow_output", name="slow"),
+        node(give(1), None, "first_output", name="first"),
+        node(second, "first_output", "second_output", name="second"),
+    ]
+    assert run_in_flow(nodes)[0].is_completed()
+
+
+def test_no_more_nodes_at_once_than_max_workers(in_process: Server) -> None:
+    lock, running, most = threading.Lock(), set(), []
+
+    def work() -> int:
+        me = object()
+        with lock:
+            running.add(me)
+            most.append(len(running))
+        time.sleep(0.3)
+        with lock:
+            running.remove(me)
+        return 1
+
+    nodes = [node(work, None, f"output_{i}", name=f"node_{i}") for i in range(6)]
+    assert run_in_flow(nodes, max_workers=2)[0].is_completed()
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("max_workers", [0, -1])
+def test_max_workers_below_one_is_refused(max_workers: int) -> None:
+    with pytest.raises(ValueError, match=f"max_workers is {max_workers}"):
+        PrefectRunner(max_workers=max_workers)
+
+
+def random_nodes(log: list[str], count: int = 15) -> list[Any]:
+    """Nodes that write their names down, each needing some of those before it."""
+
+    def writer(name: str) -> Callable[..., str]:
+        def write(*_: str) -> str:
+            log.append(name)
+            return name
+
+        return write
+
+    dice = random.Random(3)
+    names = [f"node_{number}" for number in dice.sample(range(100), count)]
+    return [
+        node(
+            writer(name),
+            [f"{n}_output" for n in dice.sample(names[:i], min(i, dice.randrange(3)))] or None,
+            f"{name}_output",
+            name=name,
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def test_one_worker_keeps_the_order_of_kedros_sequential_runner(in_process: Server) -> None:
+    expected: list[str] = []
+    SequentialRunner().run(pipeline(random_nodes(expected)), DataCatalog(), _create_hook_manager())
+    order: list[str] = []
+    assert run_in_flow(random_nodes(order), max_workers=1)[0].is_completed()
+    assert order == expected
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+class ErrorHooks:
+    """Writes down which nodes failed, and how they were run."""
+
+    def __init__(self) -> None:
+        self.errors: list[tuple[str, Exception]] = []
+        self.is_async: list[bool] = []
+
+    @hook_impl
+    def on_node_error(self, error: Exception, node: Any) -> None:
+        self.errors.append((node.name, error))
+
+    @hook_impl
+    def before_node_run(self, is_async: bool) -> None:
+        self.is_async.append(is_async)
+
+
+def test_a_failure_stops_only_what_is_behind_it(
+    in_process: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    error, hooks, ran = ZeroDivisionError("mine"), ErrorHooks(), []
+    nodes = [
+        node(give(1), None, "a", name="first"),
+        node(raising(error), "a", "b", name="broken"),
+        node(lambda b: ran.append("behind"), "b", "c", name="behind"),
+        node(lambda c: ran.append("far_behind"), "c", None, name="far_behind"),
+        node(lambda a: time.sleep(0.5) or 1, "a", "d", name="beside"),
+        node(lambda d: ran.append("beside_too") or 2, "d", "e", name="beside_too"),
+    ]
+    with caplog.at_level(logging.WARNING, logger="kedro"):
+        state, [raised] = run_in_flow(nodes, hooks=hooks)
+    assert state.is_failed()
+    assert raised is error
+    assert raised.__traceback__ is not None
+    assert ran == ["beside_too"]
+    assert hooks.errors == [("broken", error)]
+    in_process.await_states(
+        flow_run_id(state),
+        {
+            "first": "Completed",
+            "broken": "Failed",
+            "behind": "NotReady",
+            "far_behind": "NotReady",
+            "beside": "Completed",
+            "beside_too": "Completed",
+        },
+    )
+    suggestion = "\n".join(record.getMessage() for record in caplog.records)
+    assert "There are 3 nodes that have not run" in suggestion
+    assert "--from-nodes" in suggestion
+
+
+def test_the_first_of_several_failures_is_raised(in_process: Server) -> None:
+    late = threading.Event()
+
+    def second() -> None:
+        late.wait(timeout=60)
+        raise ValueError("second")
+
+    class Release(ErrorHooks):
+        @hook_impl
+        def on_node_error(self, error: Exception, node: Any) -> None:
+            self.errors.append((node.name, error))
+            threading.Timer(1, late.set).start()
+
+    hooks, first = Release(), ZeroDivisionError("first")
+    nodes = [
+        node(second, None, "a", name="a_second"),
+        node(raising(first), None, "b", name="b_first"),
+    ]
+    _, [raised] = run_in_flow(nodes, hooks=hooks)
+    assert raised is first
+    assert [name for name, _ in hooks.errors] == ["b_first", "a_second"]
+
+
+def test_when_nothing_ran_the_advice_is_to_try_again(
+    in_process: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="kedro"):
+        run_in_flow([node(raising(ValueError("no")), None, "a", name="only")])
+    assert "No nodes ran. Repeat the previous command" in caplog.text
+
+
+def test_progress_is_logged_as_kedro_logs_it(
+    in_process: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="kedro"):
+        run_in_flow([node(give(1), None, "a", name="only")])
+    messages = [record.getMessage() for record in caplog.records]
+    assert "Completed 1 out of 1 tasks" in messages
+    assert any(message.startswith("Pipeline execution completed") for message in messages)
+
+
+class Big:
+    """What takes memory; `alive` knows how many of them there still are."""
+
+    alive: "weakref.WeakSet[Big]" = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        Big.alive.add(self)
+
+    def __deepcopy__(self, memo: Any) -> "Big":  # which Kedro's datasets in memory hand out
+        return Big()
+
+
+def count_big(*_: Any) -> int:
+    gc.collect()
+    return len(Big.alive)
+
+
+def test_data_is_released_after_its_last_reader(in_process: Server) -> None:
+    counts: dict[str, int] = {}
+
+    def use(name: str) -> Callable[..., int]:
+        def count(*_: Any) -> int:
+            counts[name] = count_big()
+            return 1
+
+        return count
+
+    nodes = [
+        node(lambda: Big(), None, "big", name="make"),
+        node(use("reader_1"), "big", "one", name="reader_1"),
+        node(use("reader_2"), ["big", "one"], "two", name="reader_2"),
+        node(use("after"), "two", "three", name="after"),
+    ]
+    assert run_in_flow(nodes, max_workers=1)[0].is_completed()
+    assert counts["reader_1"] > 0
+    assert counts["reader_2"] > 0
+    assert counts["after"] == 0
+
+
+def test_pipeline_inputs_and_outputs_are_not_released(in_process: Server) -> None:
+    nodes = [node(same, "a", "b", name="one"), node(same, ["b", "a"], "c", name="two")]
+    catalog = DataCatalog({name: MemoryDataset() for name in "abc"})
+    catalog.save("a", 5)
+
+    @flow
+    def any_flow() -> None:
+        PrefectRunner().run(pipeline(nodes), catalog)
+
+    any_flow()
+    assert catalog.load("a") == catalog.load("c") == 5
+    assert not catalog.exists("b")
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_is_async_reaches_kedro(in_process: Server, is_async: bool) -> None:
+    hooks = ErrorHooks()
+    run_in_flow([node(same, "a", "b", name="one")], {"a": 1}, hooks=hooks, is_async=is_async)
+    assert hooks.is_async == [is_async]
+
+
+def test_only_tags_with_a_concurrency_limit_become_prefect_tags(
+    in_process: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process.post("/concurrency_limits/", {"tag": "gpu", "concurrency_limit": 1})
+    asked: list[None] = []
+    read_limited_tags = register_prefect_flow._read_limited_tags
+
+    async def counted() -> set[str]:
+        asked.append(None)
+        return await read_limited_tags()
+
+    monkeypatch.setattr(register_prefect_flow, "_read_limited_tags", counted)
+    nodes = [
+        node(give(1), None, f"output_{i}", name=f"node_{i}", tags=["gpu", "other"] if i else [])
+        for i in range(3)
+    ]
+    state, _ = run_in_flow(nodes, max_workers=1)
+    assert state.is_completed()
+    assert len(asked) == 1
+    eventually(lambda: len(in_process.task_runs(flow_run_id(state))) == 3)
+    tags = {name: run["tags"] for name, run in in_process.task_runs(flow_run_id(state)).items()}
+    assert tags == {"node_0": [], "node_1": ["gpu"], "node_2": ["gpu"]}
+
+
+@pytest.mark.skipif(not PREFECT_3, reason="tasks of Prefect 2 block the event loop of their flow")
+def test_it_works_in_an_async_flow(in_process: Server) -> None:
+    catalog = DataCatalog({"output": MemoryDataset()})
+
+    @flow
+    async def async_flow() -> None:
+        nodes = [node(give(1), None, "output", name="one", tags=["any"])]
+        PrefectRunner().run(pipeline(nodes), catalog)
+
+    asyncio.run(async_flow())
+    assert catalog.load("output") == 1
