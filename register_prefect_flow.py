@@ -36,7 +36,7 @@ from functools import lru_cache
 from graphlib import TopologicalSorter
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import kedro
@@ -68,7 +68,7 @@ for _name, _found, _floor in (
 
 from kedro.framework.project import pipelines, settings
 from kedro.framework.session import KedroSession
-from kedro.framework.startup import ProjectMetadata, bootstrap_project
+from kedro.framework.startup import ProjectMetadata, _get_project_metadata, bootstrap_project
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
@@ -83,7 +83,7 @@ _PREFECT_3 = _version(prefect.__version__) >= (3,)
 try:  # Kedro 0.19.10 put Task in the place of run_node, which 1.0 removed.
     from kedro.runner import Task as _KedroTask
 except ImportError:
-    from kedro.runner import run_node
+    from kedro.runner import run_node  # type: ignore[attr-defined,unused-ignore]
 
     def _run_node(
         node: Node, catalog: Any, hook_manager: Any, is_async: bool, run_id: str | None
@@ -100,7 +100,7 @@ else:
 def _run_session(session: Any, pipeline_name: str, runner: SequentialRunner) -> None:
     """Pass on what `kedro run` passes on, for hooks get to see it."""
     names = [] if pipeline_name == "__default__" else [pipeline_name]
-    if "pipeline_names" in inspect.signature(session.run).parameters:  # Kedro 1.3
+    if "pipeline_names" in inspect.signature(session.run).parameters:  # Kedro 1.2
         session.run(pipeline_names=names, runner=runner, load_versions={})
     else:
         session.run(pipeline_name=next(iter(names), None), runner=runner, load_versions={})
@@ -117,7 +117,6 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
 
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import serve
     from prefect.runner.storage import LocalStorage
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
@@ -125,6 +124,7 @@ if _PREFECT_3:
 
     _SUGGESTED_POOL_TYPE = "process"
     _AGENT_POOL_TYPES: tuple[str, ...] = ()
+    _CAN_SERVE = True
     # The embedded server makes its database at its first start: 12 s on a fast machine. Prefect
     # waits 20 s (3.0: 10 s).
     _RUN_SETTINGS: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 60}
@@ -132,7 +132,8 @@ if _PREFECT_3:
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
         """Yield a function that submits a task, given the futures it waits for."""
-        with ThreadPoolTaskRunner(max_workers=max_workers) as runner:
+        runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
+        with runner:
             yield lambda task, wait_for: runner.submit(task, parameters={}, wait_for=wait_for)
 
     def _call_when_done(future: Any, callback: Callable[[], None]) -> None:
@@ -142,15 +143,18 @@ if _PREFECT_3:
         future.wait()
         return future.state
 
-    def _make_deployment(project_flow: Flow[..., Any], **options: Any) -> RunnerDeployment:
-        deployment = project_flow.to_deployment(**options)
+    def _make_deployment(registered_flow: Flow[..., Any], **options: Any) -> Any:
+        deployment: Any = registered_flow.to_deployment(**options)
         deployment.entrypoint = ENTRYPOINT
-        return deployment  # type: ignore[return-value]  # 3.0 types it as a coroutine, too
+        return deployment
 
     def _register(
-        project_flow: Flow[..., Any], job_variables: dict[str, Any], existing: Any, **options: Any
+        registered_flow: Flow[..., Any],
+        job_variables: dict[str, Any],
+        existing: Any,
+        **options: Any,
     ) -> Any:
-        deployment = _make_deployment(project_flow, job_variables=job_variables, **options)
+        deployment = _make_deployment(registered_flow, job_variables=job_variables, **options)
         deployment.storage = LocalStorage(path=str(PROJECT_PATH))
         if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
             deployment.paused = existing.paused
@@ -162,9 +166,9 @@ if _PREFECT_3:
         deployment.model_fields_set.difference_update({"schedules", "paused", "tags"})
         return deployment.apply()
 
-    def _serve(project_flow: Flow[..., Any], **options: Any) -> None:
+    def _serve(registered_flow: Flow[..., Any], **options: Any) -> None:
         with suppress(KeyboardInterrupt):  # which Prefect itself does since 3.0.11
-            serve(_make_deployment(project_flow, **options))
+            serve(_make_deployment(registered_flow, **options))
 
 else:
     from prefect.deployments import Deployment
@@ -173,27 +177,36 @@ else:
     _is_agent_time = _version(prefect.__version__) < (2, 16, 4)
     _SUGGESTED_POOL_TYPE = "prefect-agent" if _is_agent_time else "process"
     _AGENT_POOL_TYPES = ("prefect-agent",)
+    _CAN_SERVE = False
     _RUN_SETTINGS = {}
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
         """Yield a function that submits a task, given the futures it waits for."""
+        del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
         yield lambda task, wait_for: task.submit(wait_for=wait_for)
 
     def _call_when_done(future: Any, callback: Callable[[], None]) -> None:
         # Futures have no callbacks before Prefect 3: a thread waits for each of the few in flight.
-        threading.Thread(target=lambda: (future.wait(), callback()), daemon=True).start()
+        def wait_and_call() -> None:
+            future.wait()
+            callback()
+
+        threading.Thread(target=wait_and_call, daemon=True).start()
 
     def _final_state(future: Any) -> Any:
         return future.wait()
 
     def _register(
-        project_flow: Flow[..., Any], job_variables: dict[str, Any], existing: Any, **options: Any
+        registered_flow: Flow[..., Any],
+        job_variables: dict[str, Any],
+        existing: Any,
+        **options: Any,
     ) -> Any:
-        with warnings.catch_warnings():  # deprecated since 2.18, and all that knows agents
+        with warnings.catch_warnings():  # deprecated since 2.16.4, and all that knows agents
             warnings.simplefilter("ignore", DeprecationWarning)
-            deployment = Deployment.build_from_flow(
-                flow=project_flow,
+            deployment: Any = Deployment.build_from_flow(  # type: ignore[attr-defined]
+                flow=registered_flow,
                 path=str(PROJECT_PATH),
                 entrypoint=ENTRYPOINT,
                 # Without a working directory the run gets a temporary copy of the project, and
@@ -205,12 +218,6 @@ else:
         if existing:  # the pause, which 2.20 does not load with the other existing settings
             deployment.is_schedule_active = existing.is_schedule_active
         return deployment.apply()
-
-    def _serve(project_flow: Flow[..., Any], **options: Any) -> None:
-        raise click.UsageError(
-            f"--serve needs Prefect 3, and this is {prefect.__version__}: register with "
-            "--work_pool_name, and start a worker or an agent."
-        )
 
 
 def _default_max_workers() -> int:
@@ -242,11 +249,16 @@ def _project_errors(doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).is_relative_to(PROJECT_PATH)]
-        own = [frame for frame in own if Path(frame.filename) != Path(__file__).absolute()]
+        own = [frame for frame in frames if _is_project_code(Path(frame.filename))]
         where = f"\n  at {own[-1].filename}, line {own[-1].lineno}" if own else ""
         message = f"{doing} failed.\n  {type(error).__name__}: {error}{where}"
         raise click.ClickException(message) from error
+
+
+def _is_project_code(path: Path) -> bool:
+    in_environment = path.is_relative_to(sys.prefix)  # which may lie in the project's folder
+    this_file = Path(__file__).absolute()
+    return path.is_relative_to(PROJECT_PATH) and path != this_file and not in_environment
 
 
 def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
@@ -265,13 +277,15 @@ def _check_telemetry() -> None:
         return
     if (PROJECT_PATH / ".telemetry").exists():
         return
+    if "kedro-telemetry" in settings.DISABLE_HOOKS_FOR_PLUGINS:
+        return
     remedy = "decide in a file: cp .telemetry.example .telemetry (or: echo 'consent: false')"
     if _version(version) < (0, 6):  # these ask, and know no opt-out variable
         raise click.ClickException(
             f"kedro-telemetry {version} would stop every flow run to ask for consent: {remedy}"
         )
     if not (os.environ.get("DO_NOT_TRACK") or os.environ.get("KEDRO_DISABLE_TELEMETRY")):
-        click.echo(f"Warning: kedro-telemetry will send usage data from flow runs; {remedy}", err=True)
+        click.echo(f"Warning: kedro-telemetry will send usage data from flow runs; {remedy}")
 
 
 def _check_environment(env: str) -> None:
@@ -286,7 +300,7 @@ def _check_environment(env: str) -> None:
 
 def _load_pipeline(pipeline_name: str) -> Pipeline:
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
-        registered = dict(pipelines)
+        registered: dict[str, Pipeline] = dict(pipelines)
     if pipeline_name not in registered:
         raise click.ClickException(
             f"There is no pipeline '{pipeline_name}'."
@@ -313,6 +327,30 @@ def _load_datasets(pipeline: Pipeline, env: str) -> dict[str, Any | None]:
     return datasets
 
 
+class _Plan(NamedTuple):
+    """What was checked, and is now going to be shown, run or registered."""
+
+    package_name: str
+    pipeline_name: str
+    env: str
+    pipeline: Pipeline
+    datasets: dict[str, Any | None]
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {"pipeline_name": self.pipeline_name, "env": self.env}
+
+
+def _check_project(pipeline_name: str, env: str) -> _Plan:
+    with _project_errors(f"Loading the Kedro project in {PROJECT_PATH}"):
+        metadata = _bootstrap(PROJECT_PATH)
+    _check_telemetry()
+    _check_environment(env)
+    pipeline = _load_pipeline(pipeline_name)
+    datasets = _load_datasets(pipeline, env)
+    return _Plan(metadata.package_name, pipeline_name, env, pipeline, datasets)
+
+
 def _where(name: str, dataset: Any | None) -> str:
     """Say where a dataset lives."""
     if name == "parameters" or name.startswith("params:"):
@@ -323,16 +361,20 @@ def _where(name: str, dataset: Any | None) -> str:
     return f"{type(dataset).__name__} {filepath}".rstrip()
 
 
-def _print_plan(title: str, pipeline: Pipeline, datasets: dict[str, Any | None]) -> None:
+def _print_plan(plan: _Plan) -> None:
     """Print the execution layers, and where each dataset lives."""
-    click.echo(f"{title}: {len(pipeline.nodes)} nodes in {len(pipeline.grouped_nodes)} layers")
-    for number, layer in enumerate(pipeline.grouped_nodes, start=1):
+    layers = plan.pipeline.grouped_nodes
+    click.echo(
+        f"Pipeline '{plan.pipeline_name}' of {plan.package_name}, environment '{plan.env}': "
+        f"{len(plan.pipeline.nodes)} nodes in {len(layers)} layers"
+    )
+    for number, layer in enumerate(layers, start=1):
         click.echo(f"Layer {number}")
         for node in layer:
-            inputs, outputs = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
-            click.echo(f"  {node.name}: {inputs} -> {outputs}")
+            inputs, outputs = ", ".join(node.inputs), ", ".join(node.outputs)
+            click.echo(f"  {node.name}: {inputs or 'nothing'} -> {outputs or 'nothing'}")
     click.echo("Datasets")
-    for name, dataset in datasets.items():
+    for name, dataset in plan.datasets.items():
         click.echo(f"  {name}: {_where(name, dataset)}")
 
 
@@ -514,7 +556,15 @@ def kedro_init(project_path: Path, env: str) -> Any:
     return session
 
 
-@flow(name="my_flow")
+def _flow_name() -> str:
+    """Name the flow after the project's package: on one server, projects must not share a flow."""
+    try:
+        return _get_project_metadata(PROJECT_PATH).package_name
+    except (RuntimeError, ValueError):  # not in a Kedro project: prefect_deploy says so
+        return "my_flow"
+
+
+@flow(name=_flow_name())
 def my_flow(pipeline_name: str = "__default__", env: str = "base") -> None:
     """Run a Kedro pipeline, each of its nodes as a Prefect task.
 
@@ -523,113 +573,12 @@ def my_flow(pipeline_name: str = "__default__", env: str = "base") -> None:
         env (str): The Kedro configuration environment, a folder of `conf`. Default: `base`.
     """
     get_run_logger().info("Initializing Kedro...")
-    with kedro_init(PROJECT_PATH, env) as session:
+    session: Any = kedro_init(PROJECT_PATH, env)
+    with session:
         _run_session(session, pipeline_name, PrefectRunner())
 
 
 # ---- Deployment ----
-
-
-def _check_deployment_name(name: str) -> None:
-    if not name or re.search(r"[/%&<>]", name):
-        raise click.ClickException(
-            f"Deployment name '{name}' is refused by Prefect: it must not be empty, and must not"
-            " contain / % & < or >. Choose another --deployment_name."
-        )
-
-
-async def _find_work_pool(pool_name: str, queue_name: str, pool_type: str | None, dry: bool) -> Any:
-    """Return the pool, if it and its queue are there or may be made."""
-    async with get_client() as client:
-        try:
-            pool = await client.read_work_pool(pool_name)
-        except ObjectNotFound:
-            if not pool_type:
-                existing = [pool.name for pool in await client.read_work_pools()]
-                raise click.ClickException(
-                    f"There is no work pool '{pool_name}' on {client.api_url}."
-                    + _close_matches(pool_name, existing, "work pools")
-                    + f" Create it: prefect work-pool create --type {_SUGGESTED_POOL_TYPE} "
-                    f"{shlex.quote(pool_name)} (or add: --work_pool_type {_SUGGESTED_POOL_TYPE})"
-                ) from None
-            pool = await _create_work_pool(client, pool_name, pool_type, dry)
-        _check_pool_type(pool, pool_type)
-        if pool.is_paused:
-            click.echo(
-                f"Warning: work pool '{pool_name}' is paused: no run will start before "
-                f"prefect work-pool resume {shlex.quote(pool_name)}",
-                err=True,
-            )
-        await _check_work_queue(client, pool_name, queue_name, pool_type, dry)
-        return pool
-
-
-def _check_pool_type(pool: Any, pool_type: str | None) -> None:
-    if pool.type == "prefect-agent" and not _AGENT_POOL_TYPES:
-        raise click.ClickException(
-            f"Work pool '{pool.name}' is for agents, which Prefect 3 does not have. Create one for "
-            "workers: prefect work-pool create --type process <another name>"
-        )
-    if pool_type and pool.type != pool_type:
-        raise click.ClickException(
-            f"Work pool '{pool.name}' exists, with type {pool.type}, not {pool_type}: leave out "
-            "--work_pool_type, or choose another --work_pool_name."
-        )
-
-
-async def _create_work_pool(client: Any, pool_name: str, pool_type: str, dry: bool) -> Any:
-    from prefect.workers.utilities import (
-        get_available_work_pool_types,
-        get_default_base_job_template_for_infrastructure_type,
-    )
-
-    template = await get_default_base_job_template_for_infrastructure_type(pool_type)
-    if template is None and pool_type not in _AGENT_POOL_TYPES:
-        types = [*await get_available_work_pool_types(), *_AGENT_POOL_TYPES]
-        raise click.ClickException(
-            f"There is no work pool type '{pool_type}'."
-            + _close_matches(pool_type, set(types), "types known here")
-        )
-    pool = WorkPoolCreate(name=pool_name, type=pool_type, base_job_template=template or {})
-    click.echo(f"{'Would create' if dry else 'Creating'} work pool '{pool_name}' ({pool_type}).")
-    return pool if dry else await client.create_work_pool(pool)
-
-
-async def _check_work_queue(
-    client: Any, pool_name: str, queue_name: str, pool_type: str | None, dry: bool
-) -> None:
-    """Prefect would make a missing queue without a word, and a run sent there waits for ever."""
-    try:
-        existing = [q.name for q in await client.read_work_queues(work_pool_name=pool_name)]
-    except ObjectNotFound:  # a dry run has not created the pool
-        existing = ["default"]
-    if queue_name in existing:
-        return
-    if not pool_type:
-        raise click.ClickException(
-            f"Work pool '{pool_name}' has no queue '{queue_name}'."
-            + _close_matches(queue_name, existing, "queues")
-            + f" Create it: prefect work-queue create --pool {shlex.quote(pool_name)} "
-            f"{shlex.quote(queue_name)} (or add --work_pool_type)"
-        )
-    click.echo(f"{'Would create' if dry else 'Creating'} work queue '{queue_name}'.")
-    if not dry:
-        await client.create_work_queue(name=queue_name, work_pool_name=pool_name)
-
-
-async def _find_deployment(full_name: str) -> Any | None:
-    async with get_client() as client:
-        try:
-            return await client.read_deployment_by_name(full_name)
-        except ObjectNotFound:
-            return None
-
-
-async def _check_server() -> None:
-    async with get_client() as client:
-        error = await client.api_healthcheck()
-        if error:
-            raise error
 
 
 def _reach_server() -> None:
@@ -642,10 +591,98 @@ def _reach_server() -> None:
     if not url:
         raise click.ClickException(f"No Prefect server: PREFECT_API_URL is not set. {remedy}")
     try:
-        _call_api(asyncio.wait_for(_check_server(), SERVER_TIMEOUT))
+        _call_api(asyncio.wait_for(_check_health(), SERVER_TIMEOUT))
     except Exception as error:
         reason = str(error) or f"no answer within {SERVER_TIMEOUT} s"
         raise click.ClickException(f"No Prefect server at {url}: {reason}. {remedy}") from error
+
+
+async def _check_health() -> None:
+    async with get_client() as client:
+        if error := await client.api_healthcheck():
+            raise error
+
+
+async def _find_work_pool(pool_name: str, queue_name: str, pool_type: str | None, dry: bool) -> Any:
+    """Return the work pool, after checking or making it and its queue."""
+    async with get_client() as client:
+        try:
+            pool = await client.read_work_pool(pool_name)
+        except ObjectNotFound:
+            pool = await _create_work_pool(client, pool_name, pool_type, dry)
+            existing = ["default"]  # each pool is born with this queue
+        else:
+            queues = await client.read_work_queues(work_pool_name=pool_name)
+            existing = [work_queue.name for work_queue in queues]
+        _check_work_pool(pool, pool_type)
+        if queue_name not in existing:
+            await _create_work_queue(client, pool_name, queue_name, existing, pool_type, dry)
+        return pool
+
+
+async def _create_work_pool(client: Any, name: str, pool_type: str | None, dry: bool) -> Any:
+    from prefect.workers.utilities import (
+        get_available_work_pool_types,
+        get_default_base_job_template_for_infrastructure_type,
+    )
+
+    if not pool_type:
+        raise click.ClickException(
+            f"There is no work pool '{name}' on {client.api_url}."
+            + _close_matches(name, [p.name for p in await client.read_work_pools()], "work pools")
+            + f" Create it: prefect work-pool create --type {_SUGGESTED_POOL_TYPE} "
+            f"{shlex.quote(name)} (or add: --work_pool_type {_SUGGESTED_POOL_TYPE})"
+        )
+    template = await get_default_base_job_template_for_infrastructure_type(pool_type)
+    if template is None and pool_type not in _AGENT_POOL_TYPES:
+        known = {*await get_available_work_pool_types(), *_AGENT_POOL_TYPES}
+        raise click.ClickException(
+            f"There is no work pool type '{pool_type}'."
+            + _close_matches(pool_type, known, "types known here")
+        )
+    pool = WorkPoolCreate(name=name, type=pool_type, base_job_template=template or {})
+    click.echo(f"{'Would create' if dry else 'Creating'} work pool '{name}' ({pool_type}).")
+    return pool if dry else await client.create_work_pool(pool)
+
+
+def _check_work_pool(pool: Any, pool_type: str | None) -> None:
+    if pool.type == "prefect-agent" and not _AGENT_POOL_TYPES:
+        raise click.ClickException(
+            f"Work pool '{pool.name}' is for agents, which Prefect 3 does not have. Create one for"
+            " workers: prefect work-pool create --type process <another name>"
+        )
+    if pool_type and pool.type != pool_type:
+        raise click.ClickException(
+            f"Work pool '{pool.name}' exists, with type {pool.type}, not {pool_type}: leave out"
+            " --work_pool_type, or choose another --work_pool_name."
+        )
+    if pool.is_paused:
+        resume = f"prefect work-pool resume {shlex.quote(pool.name)}"
+        click.echo(f"Warning: work pool '{pool.name}' is paused. No run starts before: {resume}")
+
+
+async def _create_work_queue(
+    client: Any, pool_name: str, name: str, existing: list[str], pool_type: str | None, dry: bool
+) -> None:
+    """Make a queue, if asked to: Prefect would, without a word, and no worker would serve it."""
+    if not pool_type:
+        raise click.ClickException(
+            f"Work pool '{pool_name}' has no queue '{name}'."
+            + _close_matches(name, existing, "queues")
+            + f" Create it: prefect work-queue create --pool {shlex.quote(pool_name)} "
+            f"{shlex.quote(name)} (or add: --work_pool_type {_SUGGESTED_POOL_TYPE})"
+        )
+    click.echo(f"{'Would create' if dry else 'Creating'} work queue '{name}'.")
+    if not dry:
+        await client.create_work_queue(name=name, work_pool_name=pool_name)
+
+
+async def _find_deployment(full_name: str) -> Any | None:
+    async with get_client() as client:
+        try:
+            return await client.read_deployment_by_name(full_name)
+        except ObjectNotFound:
+            return None
 
 
 def _print_next_steps(deployment_id: Any, full_name: str, pool: Any, queue_name: str) -> None:
@@ -653,29 +690,44 @@ def _print_next_steps(deployment_id: Any, full_name: str, pool: Any, queue_name:
     target = f"--pool {shlex.quote(pool.name)} --work-queue {shlex.quote(queue_name)}"
     ui = (PREFECT_UI_URL.value() or "").rstrip("/")
     click.echo(f"Registered deployment '{full_name}' with id {deployment_id}")
-    click.echo(f"  see it:           {ui}/deployments/deployment/{deployment_id}")
-    click.echo(f"  start the {kind}:{' ' * (7 - len(kind))} prefect {kind} start {target}")
-    click.echo(f"  start a run:      prefect deployment run {shlex.quote(full_name)}")
+    click.echo(f"  see it:         {ui}/deployments/deployment/{deployment_id}")
+    click.echo(f"  start {kind + ':':<9} prefect {kind} start {target}")
+    click.echo(f"  start a run:    prefect deployment run {shlex.quote(full_name)}")
 
 
 # ---- Command line ----
 
 
-async def _wait_until_recorded(flow_run_id: Any, expected: int, patience: float = 10) -> None:
-    """Wait for Prefect 3's server, which records task runs later than they end.
+def _run_now(plan: _Plan) -> None:
+    """Run the flow in this process; exit code 1 if it fails."""
+    if PREFECT_API_URL.value():  # without one, Prefect starts its embedded server
+        _reach_server()
+    with temporary_settings(set_defaults=_RUN_SETTINGS):
+        state: Any = my_flow(**plan.parameters, return_state=True)
+        task_runs = len(plan.pipeline.nodes) + 1  # and kedro_init
+        _call_api(_await_recording(state.state_details.flow_run_id, task_runs))
+    if not state.is_completed():
+        raise click.ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
+    click.echo("The flow run has completed. Its outputs:")
+    for name in sorted(plan.pipeline.outputs()):
+        click.echo(f"  {name}: {_where(name, plan.datasets[name])}")
 
-    The embedded server stops with this process, and would lose what it has not recorded. Gives up
-    when nothing has changed for `patience` seconds.
+
+async def _await_recording(flow_run_id: Any, expected: int, patience: float = 10) -> None:
+    """Wait for the server of Prefect 3, which records task runs later than they end.
+
+    The embedded server stops with this process, and loses what it has not recorded. Gives up when
+    nothing has changed for `patience` seconds.
     """
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-    mine = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    this_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
     loop = asyncio.get_running_loop()
     recorded, changed = -1, loop.time()
     async with get_client() as client:
         while recorded < expected and loop.time() - changed < patience:
             runs: list[Any] = []
-            while page := await client.read_task_runs(flow_run_filter=mine, offset=len(runs)):
+            while page := await client.read_task_runs(flow_run_filter=this_run, offset=len(runs)):
                 runs += page
             states = [run.state for run in runs if run.state]
             ended = sum(state.is_final() or state.name == "NotReady" for state in states)
@@ -684,28 +736,20 @@ async def _wait_until_recorded(flow_run_id: Any, expected: int, patience: float 
             await asyncio.sleep(0.2)
 
 
-def _run_now(
-    project_flow: Flow[..., Any],
-    parameters: dict[str, str],
-    pipeline: Pipeline,
-    datasets: dict[str, Any | None],
-) -> None:
-    """Run the flow in this process; exit code 1 if it fails."""
-    with temporary_settings(set_defaults=_RUN_SETTINGS):
-        state = project_flow(**parameters, return_state=True)
-        tasks = len(pipeline.nodes) + 1  # and kedro_init
-        _call_api(_wait_until_recorded(state.state_details.flow_run_id, tasks))
-    if not state.is_completed():
-        raise click.ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
-    click.echo("The flow run has completed. Its outputs:")
-    for name in sorted(pipeline.outputs()):
-        click.echo(f"  {name}: {_where(name, datasets[name])}")
-
-
-def _check_usage(context: click.Context, run: bool, serve: bool) -> None:
-    """Refuse options that would do nothing."""
+def _check_usage(context: click.Context, deployment_name: str, run: bool, serve: bool) -> None:
+    """Refuse what Prefect would refuse, and options that would do nothing."""
+    if not deployment_name or re.search(r"[/%&<>]", deployment_name):
+        raise click.ClickException(
+            f"Deployment name '{deployment_name}' is refused by Prefect: it must not be empty, and"
+            " must not contain / % & < or >. Choose another --deployment_name."
+        )
     if run and serve:
         raise click.UsageError("--run and --serve exclude each other.")
+    if serve and not _CAN_SERVE:
+        raise click.UsageError(
+            f"--serve needs Prefect 3, and this is Prefect {prefect.__version__}: register with"
+            " --work_pool_name, and start a worker or an agent."
+        )
     for option in ("work_pool_name", "work_queue_name", "work_pool_type", "logging_level"):
         given = context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
         if given and (run or serve):
@@ -715,70 +759,71 @@ def _check_usage(context: click.Context, run: bool, serve: bool) -> None:
             )
 
 
-# The options of Kedro's recipe are spelled with underscores, most others' with hyphens: take both.
-@click.command(context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
-@click.option("-p", "--pipeline", "pipeline_name", default="__default__", show_default=True,
-              help="Registered pipeline to run.")
-@click.option("-e", "--env", default="base", show_default=True, envvar="KEDRO_ENV", show_envvar=True,
-              help="Kedro configuration environment.")
-@click.option("--deployment_name", default="example", show_default=True,
-              help="Name of the deployment; an existing one is updated.")
-@click.option("--work_pool_name", default="default", show_default=True,
-              help="Work pool that runs are sent to.")
-@click.option("--work_queue_name", default="default", show_default=True,
-              help="Queue in the work pool.")
-@click.option("--work_pool_type", metavar="TYPE",
-              help="Create the pool with this type, and the queue, where they are missing.")
-@click.option("--version", default="1.0", show_default=True, help="Version of the deployment.")
-@click.option("--logging_level", default="DEBUG", show_default=True,
-              type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]),
-              help="PREFECT_LOGGING_LEVEL of the runs.")
-@click.option("--run", is_flag=True,
-              help="Run the flow now, in this process; needs no work pool.")
-@click.option("--serve", is_flag=True,
-              help="Register, and start runs from this process until Ctrl-C (Prefect 3).")
-@click.option("--dry_run", is_flag=True,
-              help="Check everything and show what would run; register nothing.")
+# Kedro's recipe spells its options with underscores, most other commands with hyphens: both do.
+@click.command(
+    context_settings={
+        "show_default": True,
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+    }
+)
+@click.option(
+    "-p", "--pipeline", "pipeline_name", default="__default__", help="Registered pipeline to run."
+)
+@click.option(
+    "-e", "--env", default="base", envvar="KEDRO_ENV", help="Kedro environment; or set KEDRO_ENV."
+)
+@click.option("--deployment_name", default="example", help="Deployment to create or update.")
+@click.option("--work_pool_name", default="default", help="Work pool that runs are sent to.")
+@click.option("--work_queue_name", default="default", help="Queue in the work pool.")
+@click.option(
+    "--work_pool_type", metavar="TYPE", help="Create a missing pool with this type, and its queue."
+)
+@click.option("--version", default="1.0", help="Version of the deployment.")
+@click.option(
+    "--logging_level",
+    default="DEBUG",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]),
+    help="PREFECT_LOGGING_LEVEL of the runs.",
+)
+@click.option("--run", is_flag=True, help="Run the flow now, in this process; needs no work pool.")
+@click.option("--serve", is_flag=True, help="Register, and run from this process until Ctrl-C.")
+@click.option("--dry_run", is_flag=True, help="Check everything, show the plan, change nothing.")
 @click.pass_context
 def prefect_deploy(
-    context: click.Context, /, pipeline_name: str, env: str, deployment_name: str,
-    work_pool_name: str, work_queue_name: str, work_pool_type: str | None, version: str,
-    logging_level: str, run: bool, serve: bool, dry_run: bool,
+    context: click.Context,
+    /,
+    pipeline_name: str,
+    env: str,
+    deployment_name: str,
+    work_pool_name: str,
+    work_queue_name: str,
+    work_pool_type: str | None,
+    version: str,
+    logging_level: str,
+    run: bool,
+    serve: bool,
+    dry_run: bool,
 ) -> None:
     """Register a Kedro pipeline as a Prefect deployment, or run it as a flow."""
-    _check_usage(context, run, serve)
-    _check_deployment_name(deployment_name)
-    with _project_errors(f"Loading the Kedro project in {PROJECT_PATH}"):
-        metadata = _bootstrap(PROJECT_PATH)
-    _check_telemetry()
-    _check_environment(env)
-    pipeline = _load_pipeline(pipeline_name)
-    datasets = _load_datasets(pipeline, env)
+    _check_usage(context, deployment_name, run, serve)
+    plan = _check_project(pipeline_name, env)
     if dry_run:
-        title = f"Pipeline '{pipeline_name}' of {metadata.package_name}, environment '{env}'"
-        _print_plan(title, pipeline, datasets)
-
-    # Named after the project, so that two projects on one server do not overwrite each other.
-    project_flow = my_flow.with_options(name=metadata.package_name)
-    parameters = {"pipeline_name": pipeline_name, "env": env}
-    options = {"name": deployment_name, "version": version, "parameters": parameters}
+        _print_plan(plan)
+    options = {"name": deployment_name, "version": version, "parameters": plan.parameters}
     if run:
-        return None if dry_run else _run_now(project_flow, parameters, pipeline, datasets)
+        return None if dry_run else _run_now(plan)
     _reach_server()
     if serve:
-        return None if dry_run else _serve(project_flow, **options)
+        return None if dry_run else _serve(my_flow, **options)
     pool = _call_api(_find_work_pool(work_pool_name, work_queue_name, work_pool_type, dry_run))
-    if not dry_run:
-        full_name = f"{metadata.package_name}/{deployment_name}"
-        deployment_id = _register(
-            project_flow,
-            existing=_call_api(_find_deployment(full_name)),
-            job_variables={"env": {"PREFECT_LOGGING_LEVEL": logging_level}},
-            work_pool_name=work_pool_name,
-            work_queue_name=work_queue_name,
-            **options,
-        )
-        _print_next_steps(deployment_id, full_name, pool, work_queue_name)
+    if dry_run:
+        return None
+    options |= {"work_pool_name": work_pool_name, "work_queue_name": work_queue_name}
+    job_variables = {"env": {"PREFECT_LOGGING_LEVEL": logging_level}}
+    full_name = f"{plan.package_name}/{deployment_name}"
+    existing = _call_api(_find_deployment(full_name))
+    deployment_id = _register(my_flow, job_variables, existing, **options)
+    return _print_next_steps(deployment_id, full_name, pool, work_queue_name)
 
 
 if __name__ == "__main__":

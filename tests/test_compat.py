@@ -43,7 +43,12 @@ def test_versions_below_the_floor_are_refused_by_name(
 
 @pytest.mark.parametrize(
     ("text", "numbers"),
-    [("1.7.0", (1, 7, 0)), ("2.10.17", (2, 10, 17)), ("3.0.0rc2+4.g12", (3, 0, 0)), ("3.10", (3, 10))],
+    [
+        ("1.7.0", (1, 7, 0)),
+        ("2.10.17", (2, 10, 17)),
+        ("3.0.0rc2+4.g12", (3, 0, 0)),
+        ("3.10", (3, 10)),
+    ],
 )
 def test_versions_are_read_as_numbers(text: str, numbers: tuple[int, ...]) -> None:
     assert register_prefect_flow._version(text) == numbers
@@ -96,7 +101,8 @@ class AnySession:
 
 
 @pytest.mark.parametrize(
-    ("name", "passed_on"), [("__default__", [] if KEDRO_1 else None), ("a", ["a"] if KEDRO_1 else "a")]
+    ("name", "passed_on"),
+    [("__default__", [] if KEDRO_1 else None), ("a", ["a"] if KEDRO_1 else "a")],
 )
 def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_on: Any) -> None:
     session = AnySession()
@@ -121,9 +127,3 @@ def test_calls_of_the_client_work_inside_an_event_loop() -> None:
         return register_prefect_flow._call_api(call())
 
     assert asyncio.run(caller()) == register_prefect_flow._call_api(call()) == 3
-
-
-@pytest.mark.skipif(PREFECT_3, reason="Prefect 3 can serve")
-def test_serving_is_refused_on_prefect_2() -> None:
-    with pytest.raises(Exception, match="--serve needs Prefect 3"):
-        register_prefect_flow._serve(register_prefect_flow.my_flow)

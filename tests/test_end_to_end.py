@@ -10,6 +10,7 @@ import pytest
 from conftest import (
     Server,
     copy_in,
+    eventually,
     kedro_run,
     register,
     written_files,
@@ -41,6 +42,11 @@ def edges(server: Server, flow_run_id: str) -> set[tuple[str, str]]:
         for name, run in runs.items()
         for parent in run["task_inputs"].get("wait_for", [])
     }
+
+
+def traceback_in_the_log(server: Server, flow_run_id: str) -> str | None:
+    logs = server.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run_id]}}})
+    return next((log["message"] for log in logs if "Traceback" in log["message"]), None)
 
 
 @pytest.fixture
@@ -96,8 +102,7 @@ def test_a_failing_pipeline_fails_as_kedro_run_fails(
     assert flow_run["state_type"] == "FAILED"
     assert "ZeroDivisionError: no number left" in flow_run["state"]["message"]
 
-    logs = server.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}})
-    traceback = next(log["message"] for log in logs if "Traceback" in log["message"])
+    traceback = eventually(lambda: traceback_in_the_log(server, flow_run["id"]))
     last_lines = traceback.rstrip().splitlines()[-3:]
     assert "# the user's line" in "".join(last_lines), traceback
     assert last_lines[-1] == "ZeroDivisionError: no number left"

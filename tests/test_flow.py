@@ -7,9 +7,7 @@ from pathlib import Path
 from conftest import Server, kedro_run, register, written_files
 
 
-def test_the_environment_is_base_unless_another_is_asked_for(
-    project: Path, server: Server
-) -> None:
+def test_the_environment_is_base_unless_another_is_asked_for(project: Path, server: Server) -> None:
     # As in Kedro's recipe: `kedro run` would read conf/local as well, where the factor is 100.
     assert register(project, server, "--run").returncode == 0
     assert json.loads((project / "data/total.json").read_text()) == 30
@@ -48,7 +46,9 @@ def test_a_failing_run_has_exit_code_1_and_says_why(project: Path, server: Serve
 
 def test_generator_nodes_and_async_saving_are_kedros(project: Path, server: Server) -> None:
     nodes = project / "src/tiny/nodes.py"
-    text = nodes.read_text().replace("def report(total):\n    return", "def report(total):\n    yield")
+    text = nodes.read_text().replace(
+        "def report(total):\n    return", "def report(total):\n    yield"
+    )
     nodes.write_text(text)
     catalog = project / "conf/base/catalog.yml"
     catalog.write_text(catalog.read_text().replace("  versioned: true\n", ""))

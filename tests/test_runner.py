@@ -36,9 +36,7 @@ def run_in_flow(
     @flow
     def any_flow() -> None:
         try:
-            outcome.append(
-                PrefectRunner(**options).run(pipeline(nodes), catalog, hook_manager)
-            )
+            outcome.append(PrefectRunner(**options).run(pipeline(nodes), catalog, hook_manager))
         except Exception as error:
             outcome.append(error)
             raise

@@ -44,7 +44,7 @@ HOOKS = (Recorder(),)
 """
 
 # Writes down each call of each hook that Kedro has, with what can be compared between two runs.
-HOOKS = '''\
+HOOKS = """\
 import inspect
 import json
 import threading
@@ -96,9 +96,9 @@ for _specs in (specs.NodeSpecs, specs.PipelineSpecs, specs.DatasetSpecs, specs.D
                specs.KedroContextSpecs):
     for _hook, _spec in inspect.getmembers(_specs, inspect.isfunction):
         setattr(Recorder, _hook, _recorder(_hook, list(inspect.signature(_spec).parameters)[1:]))
-'''
+"""
 
-NODES = '''\
+NODES = """\
 import logging
 import time
 from pathlib import Path
@@ -133,9 +133,9 @@ def behind(nothing):
 def side(numbers):
     time.sleep(0.5)
     return len(numbers)
-'''
+"""
 
-REGISTRY = '''\
+REGISTRY = """\
 from kedro.pipeline import node, pipeline
 
 from tiny import nodes
@@ -155,7 +155,7 @@ def register_pipelines():
         node(nodes.side, "numbers", "side", name="side"),
     ])
     return {"__default__": sums, "broken": broken, "empty": pipeline([])}
-'''
+"""
 
 
 def write_tiny_project(path: Path) -> Path:

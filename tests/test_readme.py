@@ -1,0 +1,74 @@
+"""What the README says is so."""
+
+import re
+
+import click
+import pytest
+from click.testing import CliRunner
+from conftest import SCRIPT
+
+import register_prefect_flow
+
+ROOT = SCRIPT.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    """The fenced block that follows a marker."""
+    found = re.search(rf"<!-- {name} -->\n```\w*\n(.*?)```", README, re.DOTALL)
+    assert found, name
+    return found[1]
+
+
+def help_text() -> str:
+    return (
+        CliRunner()
+        .invoke(
+            register_prefect_flow.prefect_deploy,
+            ["--help"],
+            prog_name="python register_prefect_flow.py",
+            terminal_width=99,
+        )
+        .output
+    )
+
+
+@pytest.mark.skipif(
+    not register_prefect_flow._PREFECT_3, reason="other versions of click word it differently"
+)
+def test_the_options_are_those_of_the_script() -> None:
+    assert block("options") == help_text()
+
+
+def test_every_option_is_explained() -> None:
+    for option in register_prefect_flow.prefect_deploy.params:
+        assert isinstance(option, click.Option)
+        assert option.help, option.name
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "-m pytest tests" in block("test command")
+    assert "<!-- test command -->" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("name", ["run command", "test command"])
+def test_the_files_in_the_commands_are_there(name: str) -> None:
+    made = {"tests/wine/data/08_reporting/metrics.json", "tests/wine/register_prefect_flow.py"}
+    for path in set(re.findall(r"[\w./]*tests[\w./]*|\S*requirements\.txt", block(name))) - made:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_lanes_are_those_that_are_tested() -> None:
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    assert [row[0] for row in rows] == ["documented", "late2", "bridge", "current"]
+    for lane, kedro, prefect, _ in rows:
+        pins = (ROOT / f"tests/constraints/{lane}.txt").read_text().splitlines()
+        assert f"kedro=={kedro}" in pins
+        assert f"prefect=={prefect}" in pins
+
+
+def test_the_errors_under_troubleshooting_are_the_scripts() -> None:
+    table = README[README.index("## Troubleshooting") : README.index("## Development")]
+    script = re.sub(r'"\s+f?"', "", SCRIPT.read_text())
+    for message in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE):
+        assert message in script, message
