@@ -357,8 +357,10 @@ def _where(name: str, dataset: Any | None) -> str:
         return "parameters"
     if dataset is None:
         return "memory, released after its last reader"
-    filepath = dataset._describe().get("filepath") or ""
-    return f"{type(dataset).__name__} {filepath}".rstrip()
+    about = dataset._describe()
+    filepath, protocol = about.get("filepath", ""), about.get("protocol", "file")
+    prefix = "" if protocol == "file" else f"{protocol}://"
+    return f"{type(dataset).__name__} {prefix}{filepath}".rstrip()
 
 
 def _print_plan(plan: _Plan) -> None:
@@ -427,13 +429,11 @@ def init_kedro_tasks_by_execution_layer(
 
 async def _read_limited_tags() -> set[str]:
     """Ask the server which tags limit how many task runs may go on at once."""
-    tags: set[str] = set()
+    limits: list[Any] = []
     async with get_client() as client:
-        while page := await client.read_concurrency_limits(limit=200, offset=len(tags)):
-            tags.update(limit.tag for limit in page)
-            if len(page) < 200:  # noqa: PLR2004
-                break
-    return tags
+        while page := await client.read_concurrency_limits(limit=200, offset=len(limits)):
+            limits += page
+    return {limit.tag for limit in limits}
 
 
 class PrefectRunner(SequentialRunner):
@@ -488,6 +488,7 @@ class PrefectRunner(SequentialRunner):
         done_nodes: list[Node] = []
         failed: list[Any] = []
         load_counts = Counter(chain.from_iterable(node.inputs for node in pipeline.nodes))
+        kept = pipeline.inputs() | pipeline.outputs()
         for node, future in self._run_tasks(pipeline, tasks):
             if not _final_state(future).is_completed():
                 failed.append(future)
@@ -495,10 +496,15 @@ class PrefectRunner(SequentialRunner):
             done_nodes.append(node)
             self._logger.info("Completed node: %s", node.name)
             self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(tasks))
-            _release_datasets(node, catalog, load_counts, pipeline)
+            # Release what this node was the last to need, as Kedro's own runners do.
+            load_counts.subtract(node.inputs)
+            for name in {*node.inputs, *node.outputs} - kept:
+                if load_counts[name] < 1:
+                    catalog.release(name)
         if failed:
             self._suggest_resume_scenario(pipeline, done_nodes, catalog)
             failed[0].result()  # raises: it ended first, so it is no node that waited for another
+            raise RuntimeError(f"A task run ended as {_final_state(failed[0]).name}")
 
     def _run_tasks(
         self, pipeline: Pipeline, tasks: dict[Node, Task[[], None]]
@@ -530,16 +536,6 @@ class PrefectRunner(SequentialRunner):
                 running -= 1
                 yield node, futures[node]
                 sorter.done(node)
-
-
-def _release_datasets(
-    node: Node, catalog: Any, load_counts: Counter[str], pipeline: Pipeline
-) -> None:
-    """Release what the finished node was the last to need, as Kedro's own runners do."""
-    load_counts.subtract(node.inputs)
-    for name in {*node.inputs, *node.outputs}:
-        if load_counts[name] < 1 and name not in pipeline.inputs() | pipeline.outputs():
-            catalog.release(name)
 
 
 # ---- The flow ----

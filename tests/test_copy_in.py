@@ -1,6 +1,7 @@
 """The file copied into a fresh project, and run without a server: Prefect's embedded one serves."""
 
 import sqlite3
+import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -57,5 +58,5 @@ def test_it_leaves_nothing_in_the_project_but_the_outputs(tmp_path: Path) -> Non
 
 def test_the_copied_file_is_a_module_that_others_can_import(project: Path) -> None:
     code = "from register_prefect_flow import PrefectRunner, my_flow, prefect_deploy; print('fine')"
-    done = run("python", "-c", code, cwd=project)
+    done = run(sys.executable, "-c", code, cwd=project)
     assert done.stdout.split()[-1:] == ["fine"], done.stderr
