@@ -36,6 +36,14 @@ def test_nodes_run_in_the_projects_folder(project: Path, server: Server) -> None
     assert pickle.loads(report.read_bytes()) == {"total": 30, "cwd": "project"}
 
 
+def test_the_project_is_loaded_once(project: Path, server: Server) -> None:
+    registry = project / "src/tiny/pipeline_registry.py"
+    note = "def register_pipelines():\n    open('loaded.txt', 'a').write('once ')"
+    registry.write_text(registry.read_text().replace("def register_pipelines():", note))
+    assert register(project, server, "--run").returncode == 0
+    assert (project / "loaded.txt").read_text() == "once "
+
+
 def test_a_failing_run_has_exit_code_1_and_says_why(project: Path, server: Server) -> None:
     done = register(project, server, "--run", "--pipeline", "broken")
     assert done.returncode == 1
