@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    QUEUE,
     Server,
     copy_in,
     eventually,
@@ -25,9 +26,8 @@ def trace(project: Path) -> Counter[str]:
 
 def register_and_forget(project: Path, server: Server, pool: str, *arguments: str) -> str:
     """Register, remove the traces of that, and return the deployment's full name."""
-    done = register(
-        project, server, "--work_pool_name", pool, "--work_queue_name", "default", *arguments
-    )
+    arguments = ("--work_pool_name", pool, "--work_queue_name", QUEUE, *arguments)
+    done = register(project, server, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "trace.jsonl").unlink()
     return re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
@@ -67,6 +67,8 @@ def test_a_run_gives_what_kedro_run_gives(
     assert written_files(project) == written_files(reference)
     assert len(written_files(project)) == 3
     assert trace(project) == trace(reference)
+    owners = Counter(json.loads(call)[1] for call in trace(project).elements())
+    assert owners["settings"] == owners["plugin"] > 20
     assert not (project / ".prefectignore").exists()
 
     expected = dict.fromkeys(["kedro_init", "double", "scale", "add", "report"], "Completed")
@@ -124,4 +126,74 @@ def test_a_failing_pipeline_fails_as_kedro_run_fails(
         for path in (project, reference)
     ]
     assert of_errors[0] == of_errors[1]
-    assert sum(of_errors[0].values()) == 2, "on_node_error and on_pipeline_error"
+    assert sum(of_errors[0].values()) == 4, "on_node_error and on_pipeline_error, for two hooks"
+
+
+# The first time `before` is quick and `flaky` fails; the second time `beside` is quick, so that the
+# nodes behind them start in another order.
+FLAKY_NODES = """
+
+def note(name, seconds=0):
+    time.sleep(seconds)
+    with open("ran.txt", "a") as file:
+        file.write(name + " ")
+    return 1
+
+
+def before(numbers):
+    return note("before", 2 if Path("mended").exists() else 0)
+
+
+def beside(numbers):
+    return note("beside", 0 if Path("mended").exists() else 2)
+
+
+def flaky(one):
+    note("flaky")
+    if not Path("mended").exists():
+        raise RuntimeError("not yet")
+    return 2 * one
+
+
+def late(one):
+    return note("late") + one
+
+
+def both(flaky, late):
+    return 10 * flaky + late
+"""
+
+FLAKY_PIPELINE = """
+    flaky = pipeline([
+        node(nodes.before, "numbers", "one", name="before"),
+        node(nodes.beside, "numbers", "other", name="beside"),
+        node(nodes.flaky, "one", "flaky_output", name="flaky"),
+        node(nodes.late, "other", "late_output", name="late"),
+        node(nodes.both, ["flaky_output", "late_output"], "side", name="both"),
+    ])
+    return {"flaky": flaky, """
+
+
+def test_a_retried_flow_run_runs_all_nodes_again(server: Server, pool: str, project: Path) -> None:
+    with (project / "src/tiny/nodes.py").open("a") as nodes:
+        nodes.write(FLAKY_NODES)
+    registry = project / "src/tiny/pipeline_registry.py"
+    registry.write_text(registry.read_text().replace("\n    return {", FLAKY_PIPELINE))
+    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky")
+    flow_run_id = server.trigger(deployment, cwd=project)
+    assert server.finished(flow_run_id)["state_type"] == "FAILED"
+    assert not (project / "data/side.json").exists()
+
+    (project / "mended").touch()
+    (project / "ran.txt").unlink()
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}  # what the button in the UI does
+    server.post(f"/flow_runs/{flow_run_id}/set_state", {"state": retry})
+    eventually(lambda: server.flow_run(flow_run_id)["state_type"] != "FAILED")
+    assert server.finished(flow_run_id)["state_type"] == "COMPLETED"
+    assert json.loads((project / "data/side.json").read_text()) == 22
+    assert sorted((project / "ran.txt").read_text().split()) == [
+        "before",
+        "beside",
+        "flaky",
+        "late",
+    ]

@@ -40,10 +40,11 @@ pause: 0
 SETTINGS = """\
 from tiny.hooks import Recorder
 
-HOOKS = (Recorder(),)
+HOOKS = (Recorder("settings"),)
 """
 
-# Writes down each call of each hook that Kedro has, with what can be compared between two runs.
+# Writes down each call of each hook that Kedro has, with what can be compared between two runs:
+# once as a hook of the project's settings, once as that of an installed plugin.
 HOOKS = """\
 import inspect
 import json
@@ -77,25 +78,28 @@ def _comparable(name, value):
 
 
 def _recorder(hook, names):
-    def record(**arguments):
+    def record(self, **arguments):
         call = {name: _comparable(name, arguments[name]) for name in names}
         with _lock, open(_trace, "a") as trace:
-            trace.write(json.dumps([hook, call], sort_keys=True) + "\\n")
+            trace.write(json.dumps([hook, self.owner, call], sort_keys=True) + "\\n")
 
     scope = {"record": record}
     pairs = ", ".join(f"{name}={name}" for name in names)
-    exec(f"def {hook}(self, {', '.join(names)}): record({pairs})", scope)
+    exec(f"def {hook}(self, {', '.join(names)}): record(self, {pairs})", scope)
     return hook_impl(scope[hook])
 
 
 class Recorder:
-    pass
+    def __init__(self, owner):
+        self.owner = owner
 
 
 for _specs in (specs.NodeSpecs, specs.PipelineSpecs, specs.DatasetSpecs, specs.DataCatalogSpecs,
                specs.KedroContextSpecs):
     for _hook, _spec in inspect.getmembers(_specs, inspect.isfunction):
         setattr(Recorder, _hook, _recorder(_hook, list(inspect.signature(_spec).parameters)[1:]))
+
+plugin = Recorder("plugin")
 """
 
 NODES = """\
@@ -167,6 +171,8 @@ def write_tiny_project(path: Path) -> Path:
         "conf/local/parameters.yml": "factor: 100\n",
         "data/numbers.json": json.dumps([1, 2, 3]),
         "src/tiny/__init__.py": "",
+        "src/tiny_plugin-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-plugin\nVersion: 1.0\n",
+        "src/tiny_plugin-1.0.dist-info/entry_points.txt": "[kedro.hooks]\ntiny = tiny.hooks:plugin\n",
         "src/tiny/settings.py": SETTINGS,
         "src/tiny/hooks.py": HOOKS,
         "src/tiny/nodes.py": NODES,
