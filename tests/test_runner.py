@@ -327,8 +327,12 @@ def test_only_tags_with_a_concurrency_limit_become_prefect_tags(
     assert state.is_completed()
     assert len(asked) == 1
     eventually(lambda: len(in_process.task_runs(flow_run_id(state))) == 3)
-    tags = {name: run["tags"] for name, run in in_process.task_runs(flow_run_id(state)).items()}
+    runs = in_process.task_runs(flow_run_id(state))
+    tags = {name: run["tags"] for name, run in runs.items()}
     assert tags == {"node_0": [], "node_1": ["gpu"], "node_2": ["gpu"]}
+    # By its key Prefect 2 finds a node's task run again when a flow run is retried.
+    keys = {name: run["task_key"] for name, run in runs.items()}
+    assert keys == {name: f"register_prefect_flow.{name}" for name in runs}
 
 
 @pytest.mark.skipif(not PREFECT_3, reason="tasks of Prefect 2 block the event loop of their flow")
