@@ -342,7 +342,7 @@ class _Plan(NamedTuple):
 
 
 def _check_project(pipeline_name: str, env: str) -> _Plan:
-    with _project_errors(f"Loading the Kedro project in {PROJECT_PATH}"):
+    with _project_errors(f"Loading {PROJECT_PATH}, where this file lies, as a Kedro project"):
         metadata = _bootstrap(PROJECT_PATH)
     _check_telemetry()
     _check_environment(env)
@@ -778,7 +778,7 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
 @click.option(
     "--logging_level",
     default="DEBUG",
-    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]),
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False),
     help="PREFECT_LOGGING_LEVEL of the runs.",
 )
 @click.option("--run", is_flag=True, help="Run the flow now, in this process; needs no work pool.")
