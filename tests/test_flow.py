@@ -4,6 +4,8 @@ import json
 import pickle
 from pathlib import Path
 
+import kedro
+import pytest
 from conftest import Server, kedro_run, register, written_files
 
 
@@ -42,6 +44,16 @@ def test_the_project_is_loaded_once(project: Path, server: Server) -> None:
     registry.write_text(registry.read_text().replace("def register_pipelines():", note))
     assert register(project, server, "--run").returncode == 0
     assert (project / "loaded.txt").read_text() == "once "
+
+
+@pytest.mark.skipif(kedro.__version__ == "0.18.10", reason="patterns came with Kedro 0.18.12")
+def test_catalog_patterns_apply(project: Path, server: Server) -> None:
+    with (project / "conf/base/catalog.yml").open("a") as catalog:
+        pattern = "{name}led"  # doubled and scaled, which would stay in memory
+        catalog.write(f"\n'{pattern}':\n  type: json.JSONDataset\n  filepath: data/{{name}}.json\n")
+    assert register(project, server, "--run").returncode == 0
+    assert json.loads((project / "data/doub.json").read_text()) == [2, 4, 6]
+    assert json.loads((project / "data/sca.json").read_text()) == [3, 6, 9]
 
 
 def test_a_failing_run_has_exit_code_1_and_says_why(project: Path, server: Server) -> None:

@@ -46,9 +46,10 @@ def test_every_option_is_explained() -> None:
         assert option.help, option.name
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
+def test_ci_runs_the_commands_of_the_readme() -> None:
     assert "-m pytest tests" in block("test command")
-    assert "<!-- test command -->" in (ROOT / ".ci/run").read_text()
+    for name in ("run command", "test command"):
+        assert f'readme "{name}"\n' in (ROOT / ".ci/run").read_text()
 
 
 @pytest.mark.parametrize("name", ["run command", "test command"])

@@ -52,13 +52,17 @@ def give(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
+def add_one(number: int) -> int:
+    return number + 1
+
+
 def same(*values: Any) -> Any:
     return values[0]
 
 
 def test_outputs_come_back_as_from_kedros_runners(in_process: Server) -> None:
     state, [outputs] = run_in_flow(
-        [node(lambda a: a + 1, "a", "b", name="first"), node(same, "b", "c", name="second")],
+        [node(add_one, "a", "b"), node(same, ["b", "b"], "c", name="named")],  # names are optional
         {"a": 1},
     )
     assert state.is_completed()
