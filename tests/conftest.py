@@ -46,6 +46,12 @@ POOL_TYPE = "prefect-agent" if DOCUMENTED else "process"
 QUEUE = "nightly"
 
 
+def pytest_report_header() -> str:
+    """Say which lane this is."""
+    python = sys.version.split()[0]
+    return f"Kedro {kedro.__version__}, Prefect {prefect.__version__}, Python {python}"
+
+
 def run(
     *command: str | Path, cwd: Path, env: dict[str, str] | None = None, timeout: float = 180
 ) -> subprocess.CompletedProcess[str]:
