@@ -722,11 +722,12 @@ async def _await_recording(flow_run_id: Any, expected: int, patience: float = 10
     recorded, changed = -1, loop.time()
     async with get_client() as client:
         while recorded < expected and loop.time() - changed < patience:
-            runs: list[Any] = []
-            while page := await client.read_task_runs(flow_run_filter=this_run, offset=len(runs)):
-                runs += page
-            states = [run.state for run in runs if run.state]
-            ended = sum(state.is_final() or state.name == "NotReady" for state in states)
+            states: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
+            offset = 0
+            while page := await client.read_task_runs(flow_run_filter=this_run, offset=offset):
+                states.update({run.id: run.state for run in page if run.state})
+                offset += len(page)
+            ended = sum(s.is_final() or s.name == "NotReady" for s in states.values())
             if ended != recorded:
                 recorded, changed = ended, loop.time()
             await asyncio.sleep(0.2)
@@ -778,7 +779,7 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
 @click.option(
     "--logging_level",
     default="DEBUG",
-    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False),
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]),
     help="PREFECT_LOGGING_LEVEL of the runs.",
 )
 @click.option("--run", is_flag=True, help="Run the flow now, in this process; needs no work pool.")

@@ -318,7 +318,7 @@ def test_what_is_printed_after_registering_works(
     project: Path, server: Server, idle_pool: str
 ) -> None:
     arguments = ("--work_pool_name", idle_pool, "--deployment_name", "every day")
-    done = register(project, server, *arguments, "--version", "2.1", "--logging-level", "info")
+    done = register(project, server, *arguments, "--version", "2.1", "--logging-level", "INFO")
     assert done.returncode == 0, done.stdout + done.stderr
     deployment_id = re.search(r"Registered deployment 'tiny/every day' with id (\S+)", done.stdout)[
         1
