@@ -86,6 +86,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.env = {"PREFECT_API_URL": self.url}
         self.folder = folder
+        self.worker: subprocess.Popen[bytes]
         env = {"PREFECT_HOME": str(folder)}
         command = [BIN / "prefect", "server", "start", "--port", str(self.port)]
         self.process = self.start(command, "server", cwd=folder, env=env)
@@ -159,6 +160,19 @@ class Server:
             0
         ][-36:]
 
+    def await_idle_worker(self) -> None:
+        """Wait until the agent or worker has seen its flow runs' processes end.
+
+        It may call a flow run crashed that is retried before.
+        """
+
+        def has_no_child() -> bool:
+            parents = subprocess.run(["ps", "-A", "-o", "ppid="], capture_output=True, text=True)
+            return str(self.worker.pid) not in parents.stdout.split()
+
+        eventually(has_no_child)
+        time.sleep(2)  # for what it then tells the server
+
     def finished(self, flow_run_id: str) -> dict[str, Any]:
         """Wait until a flow run has ended, and return it."""
 
@@ -209,9 +223,9 @@ def pool(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     assert done.returncode == 0, done.stdout + done.stderr
     kind = "agent" if DOCUMENTED else "worker"
     command = [BIN / "prefect", kind, "start", "--pool", name, "--work-queue", QUEUE]
-    process = server.start(command, kind, elsewhere, server.env)
+    server.worker = server.start(command, kind, elsewhere, server.env)
     yield name
-    stop(process)
+    stop(server.worker)
 
 
 @pytest.fixture

@@ -183,6 +183,7 @@ def test_a_retried_flow_run_runs_all_nodes_again(server: Server, pool: str, proj
     flow_run_id = server.trigger(deployment, cwd=project)
     assert server.finished(flow_run_id)["state_type"] == "FAILED"
     assert not (project / "data/side.json").exists()
+    server.await_idle_worker()
 
     (project / "mended").touch()
     (project / "ran.txt").unlink()
