@@ -235,7 +235,7 @@ def _call_api(coroutine: Coroutine[Any, Any, Any]) -> Any:
 # ---- Kedro: the project, and what has to be right before it can run ----
 
 
-@lru_cache  # a second time would load all pipelines again, and nest Kedro's logging configuration
+@lru_cache  # a second time would load all pipelines again
 def _bootstrap(project_path: Path) -> ProjectMetadata:
     return bootstrap_project(project_path)
 
