@@ -32,11 +32,13 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import lru_cache
 from graphlib import TopologicalSorter
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import kedro
@@ -44,6 +46,7 @@ import prefect
 
 PROJECT_PATH = Path(__file__).absolute().parent
 ENTRYPOINT = "register_prefect_flow.py:my_flow"
+MERMAID_EDGES = 500  # more than that, mermaid draws nothing
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer before anything is registered
 
 
@@ -66,6 +69,8 @@ for _name, _found, _floor in (
             + ("" if _name == "Python" else f" pip install '{_name.lower()}>={_floor}'")
         )
 
+from kedro.config import MissingConfigException
+from kedro.framework.cli import utils as kedro_cli
 from kedro.framework.project import pipelines, settings
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import ProjectMetadata, _get_project_metadata, bootstrap_project
@@ -74,6 +79,7 @@ from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
 from prefect import Flow, Task, flow, get_client, get_run_logger, task
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
@@ -97,13 +103,80 @@ else:
         _KedroTask(node, catalog, is_async, hook_manager, run_id).execute()
 
 
-def _run_session(session: Any, pipeline_name: str, runner: SequentialRunner) -> None:
+_FILTERS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
+
+
+def _check_supported(parameters: dict[str, Any]) -> None:
+    """Refuse flow parameters that came with Kedro 1.0 on a Kedro before."""
+    for name, asked, instead in (
+        ("more than one namespace", len(parameters["namespaces"]) > 1, "pass one namespace"),
+        ("only_missing_outputs", parameters["only_missing_outputs"], "leave it out"),
+    ):
+        if asked and not _KEDRO_1:
+            raise click.ClickException(
+                f"{name} needs Kedro 1.0 or newer, and this is Kedro {kedro.__version__}: {instead}"
+                ", or pip install 'kedro>=1.0'"
+            )
+
+
+def _filter_pipeline(pipeline: Pipeline, parameters: dict[str, Any]) -> Pipeline:
+    filters = {name: parameters[name] for name in _FILTERS}
+    if _KEDRO_1:
+        return pipeline.filter(**filters, node_namespaces=parameters["namespaces"])
+    namespace = next(iter(parameters["namespaces"]), None)
+    return pipeline.filter(**filters, node_namespace=namespace)  # type: ignore[call-arg,unused-ignore]
+
+
+def _request_pipeline(name: str | None) -> None:
+    """Tell Kedro 1.5 and newer to load this pipeline only; None: all."""
+    if hasattr(pipelines, "set_requested"):
+        pipelines.set_requested([name] if name and name != "__default__" else None)
+
+
+def _create_session(parameters: dict[str, Any]) -> Any:
+    """Make a session as `kedro run` does."""
+    # Since Kedro 1.3 the class is a setting, and those of another kind take the runtime
+    # parameters later.
+    session_class: Any = getattr(settings, "SESSION_CLASS", KedroSession)
+    options = {"env": parameters["env"]}
+    if parameters["conf_source"]:
+        options["conf_source"] = _locate_conf(parameters["conf_source"])
+    if issubclass(session_class, KedroSession):
+        name = "runtime_params" if _KEDRO_1 else "extra_params"
+        options[name] = parameters["runtime_params"]
+    return session_class.create(project_path=PROJECT_PATH, **options)
+
+
+def _call_with_params(method: Any, parameters: dict[str, Any]) -> Any:
+    """Call a method of a session, which may be of the kind that takes the parameters only now."""
+    takes_them = "runtime_params" in inspect.signature(method).parameters
+    return method(**{"runtime_params": parameters["runtime_params"]} if takes_them else {})
+
+
+def _make_config_loader(session: Any, parameters: dict[str, Any]) -> Any:
+    return _call_with_params(session._get_config_loader, parameters)
+
+
+def _load_catalog(session: Any, parameters: dict[str, Any]) -> Any:
+    context = _call_with_params(session.load_context, parameters)
+    if parameters["pipeline_name"] != "__default__":  # whose parameters Kedro 1.7 checks
+        context._pipelines_to_validate = [parameters["pipeline_name"]]
+    options = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
+    return context._get_catalog(load_versions=parameters["load_versions"], **options)
+
+
+def _run_session(session: Any, runner: SequentialRunner, parameters: dict[str, Any]) -> None:
     """Pass on what `kedro run` passes on, for hooks get to see it."""
-    names = [] if pipeline_name == "__default__" else [pipeline_name]
-    if "pipeline_names" in inspect.signature(session.run).parameters:  # Kedro 1.2
-        session.run(pipeline_names=names, runner=runner, load_versions={})
-    else:
-        session.run(pipeline_name=next(iter(names), None), runner=runner, load_versions={})
+    accepted = inspect.signature(session.run).parameters
+    names = [] if parameters["pipeline_name"] == "__default__" else [parameters["pipeline_name"]]
+    given = parameters | {
+        "tags": tuple(parameters["tags"]),
+        "node_names": tuple(parameters["node_names"]),
+        "namespace": next(iter(parameters["namespaces"]), None),  # Kedro 1.0 brought the plural
+        "pipeline_names": names,  # Kedro 1.2
+    }
+    given["pipeline_name"] = None if "pipeline_names" in accepted else next(iter(names), None)
+    session.run(runner=runner, **{name: given[name] for name in accepted if name in given})
 
 
 def _get_dataset(catalog: Any, name: str) -> Any | None:
@@ -118,7 +191,7 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.flows import serve
-    from prefect.runner.storage import LocalStorage
+    from prefect.runner.storage import GitRepository, LocalStorage
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
     from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -143,35 +216,52 @@ if _PREFECT_3:
         future.wait()
         return future.state
 
-    def _make_deployment(registered_flow: Flow[..., Any], **options: Any) -> Any:
+    def _make_deployment(registered_flow: Flow[..., Any], plan: Any, **options: Any) -> Any:
+        # The form offers what there is now; and takes other names, for there may be new ones.
+        for name, choices in plan.choices.items():
+            registered_flow.fn.__annotations__[name] = Literal[tuple(choices)] | str
         deployment: Any = registered_flow.to_deployment(**options)
         deployment.entrypoint = ENTRYPOINT
         return deployment
 
     def _register(
         registered_flow: Flow[..., Any],
-        job_variables: dict[str, Any],
+        plan: Any,
         existing: Any,
+        path: str,
+        source: tuple[str, str | None] | None,
         **options: Any,
     ) -> Any:
-        deployment = _make_deployment(registered_flow, job_variables=job_variables, **options)
-        deployment.storage = LocalStorage(path=str(PROJECT_PATH))
-        if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
-            deployment.paused = existing.paused
-            deployment.schedules = [
-                DeploymentScheduleCreate(schedule=schedule.schedule, active=schedule.active)
-                for schedule in existing.schedules
-            ]
+        deployment = _make_deployment(registered_flow, plan, **options)
+        deployment.storage = LocalStorage(path=path)
+        if source:
+            deployment.storage = GitRepository(url=source[0], branch=source[1])
         # What is not set stays as it is on the server, where users may have changed it.
-        deployment.model_fields_set.difference_update({"schedules", "paused", "tags"})
+        kept = {"schedules", "paused", "tags", "concurrency_limit"} - options.keys()
+        if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
+            for name in kept:
+                setattr(deployment, name, getattr(existing, name))
+            if "schedules" in kept:
+                deployment.schedules = [
+                    DeploymentScheduleCreate(schedule=schedule.schedule, active=schedule.active)
+                    for schedule in existing.schedules
+                ]
+        deployment.model_fields_set.difference_update(kept)
         return deployment.apply()
 
-    def _serve(registered_flow: Flow[..., Any], **options: Any) -> None:
+    def _serve(registered_flow: Flow[..., Any], plan: Any, **options: Any) -> None:
         with suppress(KeyboardInterrupt):  # which Prefect itself does since 3.0.11
-            serve(_make_deployment(registered_flow, **options))
+            serve(_make_deployment(registered_flow, plan, **options))
+
+    def _schedule_options(schedule: Any) -> dict[str, Any]:
+        return {"schedules": [schedule]}
+
+    def _pause_options(paused: bool) -> dict[str, Any]:
+        return {"paused": paused}
 
 else:
     from prefect.deployments import Deployment
+    from prefect.filesystems import GitHub
 
     # Agents gave way to workers in Prefect 2.16.4.
     _is_agent_time = _version(prefect.__version__) < (2, 16, 4)
@@ -199,25 +289,43 @@ else:
 
     def _register(
         registered_flow: Flow[..., Any],
-        job_variables: dict[str, Any],
+        plan: Any,
         existing: Any,
+        path: str,
+        source: tuple[str, str | None] | None,
         **options: Any,
     ) -> Any:
+        del plan  # the form of Prefect 2 has no choices
+        variables = options.pop("job_variables")
+        if source:
+            options["storage"] = GitHub(repository=source[0], reference=source[1])
+        else:
+            # Without a working directory the run gets a temporary copy of the project, and its
+            # output files are gone with it.
+            options["path"] = variables["working_dir"] = path
         with warnings.catch_warnings():  # deprecated since 2.16.4, and all that knows agents
             warnings.simplefilter("ignore", DeprecationWarning)
             deployment: Any = Deployment.build_from_flow(  # type: ignore[attr-defined]
                 flow=registered_flow,
-                path=str(PROJECT_PATH),
                 entrypoint=ENTRYPOINT,
-                # Without a working directory the run gets a temporary copy of the project, and
-                # its output files are gone with it.
-                infra_overrides={**job_variables, "working_dir": str(PROJECT_PATH)},
+                infra_overrides=variables,
                 ignore_file=os.devnull,  # or else it leaves an empty .prefectignore behind
+                load_existing=False,
                 **options,
             )
-        if existing:  # the pause, which 2.20 does not load with the other existing settings
-            deployment.is_schedule_active = existing.is_schedule_active
+        # What is not set stays as it is on the server, where users may have changed it.
+        kept = {"tags", "is_schedule_active"} - options.keys()
+        if "schedule" not in options:
+            kept.add("schedules" if hasattr(existing, "schedules") else "schedule")  # 2.16
+        for name in kept if existing else ():
+            setattr(deployment, name, getattr(existing, name))
         return deployment.apply()
+
+    def _schedule_options(schedule: Any) -> dict[str, Any]:
+        return {"schedule": schedule}
+
+    def _pause_options(paused: bool) -> dict[str, Any]:
+        return {"is_schedule_active": not paused}
 
 
 def _default_max_workers() -> int:
@@ -288,35 +396,85 @@ def _check_telemetry() -> None:
         click.echo(f"Warning: kedro-telemetry will send usage data from flow runs; {remedy}")
 
 
-def _check_environment(env: str) -> None:
-    conf = PROJECT_PATH / settings.CONF_SOURCE
-    if conf.is_dir() and not (conf / env).is_dir():
-        existing = [path.name for path in conf.iterdir() if path.is_dir()]
+def _locate_conf(conf_source: str | None) -> str:
+    """Return the folder, archive or URL of the configuration; a path is relative to the project."""
+    conf = conf_source or settings.CONF_SOURCE
+    return conf if "://" in conf else str(PROJECT_PATH / conf)
+
+
+def _list_environments(conf_source: str | None) -> list[str]:
+    conf = Path(_locate_conf(conf_source))
+    found = conf.iterdir() if conf.is_dir() else ()
+    return sorted(path.name for path in found if path.is_dir() and path.name[0] != ".")
+
+
+def _check_environment(env: str, conf_source: str | None) -> None:
+    conf = _locate_conf(conf_source)
+    if conf_source and "://" not in conf and not Path(conf).exists():
+        raise click.ClickException(f"There is no configuration at {conf}: give another conf_source")
+    environments = _list_environments(conf_source)
+    if Path(conf).is_dir() and env not in environments:
         raise click.ClickException(
-            f"Environment '{env}' has no folder {conf / env}."
-            + _close_matches(env, existing, "environments")
+            f"Environment '{env}' has no folder {conf}/{env}."
+            + _close_matches(env, environments, "environments")
         )
 
 
-def _load_pipeline(pipeline_name: str) -> Pipeline:
+def _load_pipeline(parameters: dict[str, Any]) -> Pipeline:
+    """Return the nodes that are asked for."""
+    name = parameters["pipeline_name"]
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
-        registered: dict[str, Pipeline] = dict(pipelines)
-    if pipeline_name not in registered:
+        pipeline = pipelines.get(name)
+        if pipeline is None:
+            _request_pipeline(None)
+            registered = list(pipelines)
+    if pipeline is None:
         raise click.ClickException(
-            f"There is no pipeline '{pipeline_name}'."
-            + _close_matches(pipeline_name, registered, "pipelines")
+            f"There is no pipeline '{name}'." + _close_matches(name, registered, "pipelines")
         )
-    if not registered[pipeline_name].nodes:
-        raise click.ClickException(f"Pipeline '{pipeline_name}' is empty: it has no node to run.")
-    return registered[pipeline_name]
+    if not pipeline.nodes:
+        raise click.ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
+    try:
+        return _filter_pipeline(pipeline, parameters)
+    except ValueError as error:
+        hints = "".join(_explain_filters(pipeline, parameters))
+        raise click.ClickException(f"Filtering pipeline '{name}': {error}{hints}") from error
 
 
-def _load_datasets(pipeline: Pipeline, env: str) -> dict[str, Any | None]:
+def _explain_filters(pipeline: Pipeline, parameters: dict[str, Any]) -> Iterator[str]:
+    """Find the values of filters that are not in the pipeline, and what they may have meant."""
+    nodes = pipeline.nodes
+    names = {node.name for node in nodes}
+    datasets = set(chain.from_iterable([*node.inputs, *node.outputs] for node in nodes))
+    tags = set(chain.from_iterable(node.tags for node in nodes))
+    namespaces = set(chain.from_iterable(map(_namespaces, nodes)))
+    known = [tags, names, names, names, datasets, datasets, namespaces]
+    for kind, there in zip((*_FILTERS, "namespaces"), known, strict=True):
+        for value in sorted(set(parameters[kind]) - there):
+            yield f"\n  {kind}: '{value}'." + _close_matches(value, there, kind)
+
+
+def _namespaces(node: Node) -> set[str]:
+    """Return the namespaces that a node is in: for a.b, that is a and a.b."""
+    parts = (node.namespace or "").split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)} - {""}
+
+
+def _check_parameters(parameters: dict[str, Any]) -> Pipeline:
+    """Refuse flow parameters that cannot be right, and return the nodes they ask for."""
+    _check_supported(parameters)
+    _check_environment(parameters["env"], parameters["conf_source"])
+    return _load_pipeline(parameters)
+
+
+def _load_datasets(
+    pipeline: Pipeline, session: Any, parameters: dict[str, Any]
+) -> dict[str, Any | None]:
     """Make every dataset of the pipeline, as a run would; None stands for memory."""
+    env = parameters["env"]
     names = set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
     with _project_errors(f"Loading the catalog and parameters of environment '{env}'"):
-        session = KedroSession.create(project_path=PROJECT_PATH, env=env, save_on_close=False)
-        catalog = session.load_context().catalog
+        catalog = _load_catalog(session, parameters)
         datasets = {name: _get_dataset(catalog, name) for name in sorted(names)}
     missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
     if missing:
@@ -327,28 +485,174 @@ def _load_datasets(pipeline: Pipeline, env: str) -> dict[str, Any | None]:
     return datasets
 
 
+# ---- conf/<env>/prefect.yml ----
+
+_NUMBER = (int, float)
+_TASK_OPTIONS = {
+    "description": str,
+    "log_prints": bool,
+    "retries": int,
+    "retry_delay_seconds": (int, float, list),
+    "retry_jitter_factor": _NUMBER,
+    "tags": list,
+    "timeout_seconds": _NUMBER,
+    "version": str,
+}
+_DEPLOYMENT_OPTIONS = {
+    "concurrency_limit": int,
+    "cron": str,
+    "description": str,
+    "interval": _NUMBER,
+    "job_variables": dict,
+    "path": str,
+    "paused": bool,
+    "rrule": str,
+    "source": str,
+    "tags": list,
+    "timezone": str,
+}
+_RUNNER_OPTIONS = {"type": str, "max_workers": int, "is_async": bool}
+_SECTIONS = {"deployment": dict, "task_runner": dict, "tasks": dict}
+
+
+def _read_schedule(settings: dict[str, Any]) -> Any | None:
+    """Make the schedule that section deployment of prefect.yml describes."""
+    kinds = [kind for kind in ("cron", "interval", "rrule") if kind in settings]
+    if len(kinds) != 1 and (kinds or "timezone" in settings):
+        raise click.ClickException(
+            f"prefect.yml: deployment has {' and '.join(kinds) or 'only a timezone'}, and not one"
+            " of cron, interval and rrule."
+        )
+    if not kinds:
+        return None
+    timezone = settings.get("timezone")
+    with _project_errors(f"Reading deployment.{kinds[0]} in prefect.yml"):
+        if "interval" in settings:
+            return IntervalSchedule(
+                interval=timedelta(seconds=settings["interval"]), timezone=timezone
+            )
+        if "cron" in settings:
+            return CronSchedule(cron=settings["cron"], timezone=timezone)
+        return RRuleSchedule(rrule=settings["rrule"], timezone=timezone)
+
+
+def _read_source(settings: dict[str, Any]) -> tuple[str, str | None] | None:
+    """Split a source as pip does: git+URL, and the branch or tag behind an @."""
+    source = settings.get("source")
+    if source is None:
+        return None
+    found = re.fullmatch(r"git\+(\w+://[^/]*/[^@]+)(?:@(.+))?", source)
+    if not found:
+        raise click.ClickException(
+            f"prefect.yml: deployment.source is '{source}', and not git+URL@branch-or-tag, as in"
+            " git+https://example.org/forecast.git@v1.4."
+        )
+    return found[1], found[2]
+
+
+def _load_config(session: Any, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read prefect.yml with the project's own config loader, and check what is in it."""
+    with _project_errors("Loading prefect.yml"):
+        loader = _make_config_loader(session, parameters)
+        loader.config_patterns.setdefault("prefect", ["prefect.*"])
+        try:
+            config = loader["prefect"]
+        except MissingConfigException:
+            config = {}
+    config = {section: settings or {} for section, settings in config.items()}
+    _check_settings("", config, _SECTIONS)
+    config = {section: config.get(section, {}) for section in _SECTIONS}
+    _check_settings("deployment", config["deployment"], _DEPLOYMENT_OPTIONS)
+    _read_schedule(config["deployment"])
+    _read_source(config["deployment"])
+    _check_settings("task_runner", config["task_runner"], _RUNNER_OPTIONS)
+    for name, options in config["tasks"].items():
+        _check_settings(f"tasks.{name}", options, _TASK_OPTIONS)
+        with _project_errors(f"Reading tasks.{name} in prefect.yml"):
+            Task(fn=lambda: None, **options)
+    if (kind := config["task_runner"].pop("type", "threads")) != "threads":
+        raise click.ClickException(f"prefect.yml: task_runner.type is '{kind}', not 'threads'.")
+    with _project_errors("Reading task_runner in prefect.yml"):
+        PrefectRunner(**config["task_runner"])
+    return config
+
+
+def _check_settings(section: str, settings: Any, allowed: dict[str, Any]) -> None:
+    """Refuse settings that are not there, or of another type."""
+    if not isinstance(settings, dict):
+        raise click.ClickException(f"prefect.yml: {section} is {settings!r}, and not dict.")
+    for key, value in settings.items():
+        if key not in allowed:
+            where = f"prefect.yml: {section}" if section else "prefect.yml"
+            raise click.ClickException(
+                f"{where} has no '{key}'." + _close_matches(key, allowed, "settings")
+            )
+        types = allowed[key] if isinstance(allowed[key], tuple) else (allowed[key],)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            where = f"{section}.{key}" if section else key
+            names = " or ".join(kind.__name__ for kind in types)
+            raise click.ClickException(f"prefect.yml: {where} is {value!r}, and not {names}.")
+
+
+def _task_names(node: Node) -> set[str]:
+    """Return the names by which the tasks section may speak of a node."""
+    tags = {f"tag:{tag}" for tag in node.tags}
+    return {"default", node.name, *tags, *(f"namespace:{name}" for name in _namespaces(node))}
+
+
+def _task_options(node: Node, tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what the tasks section says of a node; its later lines win over earlier ones."""
+    names = _task_names(node)
+    return dict(chain.from_iterable(tasks[name].items() for name in tasks if name in names))
+
+
+def _check_task_names(tasks: Iterable[str]) -> None:
+    nodes = chain.from_iterable(pipeline.nodes for pipeline in pipelines.values())
+    known = set(chain({"default"}, *map(_task_names, nodes)))
+    for name in tasks:
+        if name not in known:
+            raise click.ClickException(
+                f"prefect.yml: tasks has '{name}', which is no node of any pipeline."
+                + _close_matches(name, known, "names")
+            )
+
+
+# ---- The plan: what was checked, and is now going to be shown, run or registered ----
+
+
 class _Plan(NamedTuple):
     """What was checked, and is now going to be shown, run or registered."""
 
-    package_name: str
-    pipeline_name: str
-    env: str
+    metadata: ProjectMetadata
+    parameters: dict[str, Any]
     pipeline: Pipeline
     datasets: dict[str, Any | None]
+    config: dict[str, dict[str, Any]]
+    choices: dict[str, list[str]]
 
     @property
-    def parameters(self) -> dict[str, str]:
-        return {"pipeline_name": self.pipeline_name, "env": self.env}
+    def given(self) -> dict[str, Any]:
+        """The flow parameters that are not left at their default."""
+        return {
+            name: value
+            for name, value in self.parameters.items()
+            if value or name in ("pipeline_name", "env")
+        }
 
 
-def _check_project(pipeline_name: str, env: str) -> _Plan:
+def _check_project(parameters: dict[str, Any]) -> _Plan:
     with _project_errors(f"Loading {PROJECT_PATH}, where this file lies, as a Kedro project"):
         metadata = _bootstrap(PROJECT_PATH)
     _check_telemetry()
-    _check_environment(env)
-    pipeline = _load_pipeline(pipeline_name)
-    datasets = _load_datasets(pipeline, env)
-    return _Plan(metadata.package_name, pipeline_name, env, pipeline, datasets)
+    pipeline = _check_parameters(parameters)
+    with _project_errors("Making a Kedro session"):
+        session = _create_session(parameters)
+    config = _load_config(session, parameters)
+    _check_task_names(config["tasks"])
+    datasets = _load_datasets(pipeline, session, parameters)
+    environments = _list_environments(parameters["conf_source"]) or [parameters["env"]]
+    choices = {"pipeline_name": list(pipelines), "env": environments}
+    return _Plan(metadata, parameters, pipeline, datasets, config, choices)
 
 
 def _where(name: str, dataset: Any | None) -> str:
@@ -363,21 +667,56 @@ def _where(name: str, dataset: Any | None) -> str:
     return f"{type(dataset).__name__} {prefix}{filepath}".rstrip()
 
 
-def _print_plan(plan: _Plan) -> None:
-    """Print the execution layers, and where each dataset lives."""
-    layers = plan.pipeline.grouped_nodes
-    click.echo(
-        f"Pipeline '{plan.pipeline_name}' of {plan.package_name}, environment '{plan.env}': "
-        f"{len(plan.pipeline.nodes)} nodes in {len(layers)} layers"
-    )
-    for number, layer in enumerate(layers, start=1):
-        click.echo(f"Layer {number}")
+def _layers(plan: _Plan) -> Iterator[tuple[int, Node, str, str]]:
+    """Yield each node with the number of its layer, its inputs and its outputs."""
+    for number, layer in enumerate(plan.pipeline.grouped_nodes, start=1):
         for node in layer:
             inputs, outputs = ", ".join(node.inputs), ", ".join(node.outputs)
-            click.echo(f"  {node.name}: {inputs or 'nothing'} -> {outputs or 'nothing'}")
+            yield number, node, inputs or "nothing", outputs or "nothing"
+
+
+def _print_plan(plan: _Plan) -> None:
+    """Print the execution layers, where each dataset lives, and what prefect.yml sets."""
+    rows = list(_layers(plan))
+    given = dict(plan.given)
+    click.echo(
+        f"Pipeline '{given.pop('pipeline_name')}' of {plan.metadata.package_name}, "
+        f"environment '{given.pop('env')}': {len(rows)} nodes in {rows[-1][0]} layers"
+    )
+    for name, value in given.items():
+        click.echo(f"  {name}: {value}")
+    for number, group in groupby(rows, key=itemgetter(0)):
+        click.echo(f"Layer {number}")
+        for _, node, inputs, outputs in group:
+            options = _task_options(node, plan.config["tasks"]) or ""
+            click.echo(f"  {node.name}: {inputs} -> {outputs}  {options}".rstrip())
     click.echo("Datasets")
     for name, dataset in plan.datasets.items():
         click.echo(f"  {name}: {_where(name, dataset)}")
+    for section in ("deployment", "task_runner"):
+        for name, value in plan.config[section].items():
+            click.echo(f"{section}.{name}: {value}")
+
+
+def _describe(plan: _Plan) -> str:
+    """Account for the pipeline in Markdown, with a graph that Prefect's UI draws."""
+    pipeline = plan.pipeline
+    ids = {node: f"n{number}" for number, node in enumerate(pipeline.nodes)}
+    edges = [
+        f"{ids[needed]} --> {ids[node]}"
+        for node, all_needed in pipeline.node_dependencies.items()
+        for needed in sorted(all_needed)
+    ]
+    graph = [*(f'{ids[node]}["{node.name}"]' for node in ids), *edges]
+    return "\n".join(
+        [
+            f"Kedro project **{plan.metadata.project_name}**, registered with\n",
+            *(f"- {name}: `{value}`" for name, value in plan.given.items()),
+            "\n| layer | node | inputs | outputs |\n|---|---|---|---|",
+            *(f"| {n} | `{node.name}` | `{i}` | `{o}` |" for n, node, i, o in _layers(plan)),
+            *(["\n```mermaid\ngraph TD", *graph, "```"] if len(edges) <= MERMAID_EDGES else ()),
+        ]
+    )
 
 
 # ---- Nodes as tasks ----
@@ -389,9 +728,9 @@ def kedro_task(node: Node, execution_config: dict[str, Any]) -> None:
 
 
 def instantiate_task(
-    node: Node, execution_config: dict[str, Any], tags: Iterable[str] = ()
+    node: Node, execution_config: dict[str, Any], options: dict[str, Any] | None = None
 ) -> Task[[], None]:
-    """Make the Prefect task that runs a node, under the node's name."""
+    """Make the Prefect task that runs a node, under the node's name, with options of Task."""
 
     def run_node_task() -> None:
         kedro_task(node, execution_config)
@@ -400,8 +739,8 @@ def instantiate_task(
         fn=run_node_task,
         name=node.name,
         task_run_name=lambda: node.name,
-        tags=set(tags),
-        persist_result=False,  # data goes through the catalog: nothing to hash, keep or look up
+        persist_result=False,  # nothing to hash, keep or look up
+        **(options or {}),
     )
     # Prefect 2 finds the task runs of a retried flow run by this key, which has to be the node's.
     node_task.task_key = f"{__name__}.{node.name}"
@@ -409,22 +748,19 @@ def instantiate_task(
 
 
 def init_kedro_tasks_by_execution_layer(
-    pipeline: Pipeline, execution_config: dict[str, Any], tags: Iterable[str] = ()
+    pipeline: Pipeline,
+    execution_config: dict[str, Any],
+    task_options: dict[str, dict[str, Any]] | None = None,
+    limited_tags: Iterable[str] = (),
 ) -> list[dict[Node, Task[[], None]]]:
-    """Make a task for each node, in groups of nodes that need only nodes of earlier groups.
+    """Make a task for each node, in layers of nodes that need only nodes of earlier layers."""
 
-    Args:
-        pipeline: The pipeline whose nodes are to run.
-        execution_config: What every node runs with: catalog, hook_manager, is_async and run_id.
-        tags: The Kedro tags that become Prefect tags.
+    def make(node: Node) -> Task[[], None]:
+        options = _task_options(node, task_options or {})
+        tags = {*options.get("tags", ()), *(node.tags & set(limited_tags))}
+        return instantiate_task(node, execution_config, {**options, "tags": tags})
 
-    Returns:
-        One dictionary per layer, from node to task.
-    """
-    return [
-        {node: instantiate_task(node, execution_config, node.tags & set(tags)) for node in layer}
-        for layer in pipeline.grouped_nodes
-    ]
+    return [{node: make(node) for node in layer} for layer in pipeline.grouped_nodes]
 
 
 async def _read_limited_tags() -> set[str]:
@@ -449,16 +785,25 @@ class PrefectRunner(SequentialRunner):
         max_workers: How many nodes may run at once. Default: Prefect's setting
             `PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS` where it is set, else the number of CPUs
             plus 4, at most 32. With 1, nodes run in Kedro's sequential order.
+        task_options: Options of the nodes' tasks, as in section `tasks` of prefect.yml: from node
+            name, `tag:<tag>`, `namespace:<namespace>` or `default` to options of Prefect's Task.
+            Default: none.
 
     Raises:
         ValueError: If max_workers is less than 1.
     """
 
-    def __init__(self, is_async: bool = False, max_workers: int | None = None) -> None:
+    def __init__(
+        self,
+        is_async: bool = False,
+        max_workers: int | None = None,
+        task_options: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__(is_async=is_async)
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}, and has to be 1 or more")
         self._max_workers = max_workers or _default_max_workers()
+        self._task_options = task_options
 
     @property
     def _logger(self) -> logging.Logger:
@@ -482,7 +827,7 @@ class PrefectRunner(SequentialRunner):
         # Every tag of a task run costs a call to the server: use only those that do something.
         used_tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
         tags = used_tags & _call_api(_read_limited_tags()) if used_tags else used_tags
-        layers = init_kedro_tasks_by_execution_layer(pipeline, config, tags)
+        layers = init_kedro_tasks_by_execution_layer(pipeline, config, self._task_options, tags)
         tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
 
         done_nodes: list[Node] = []
@@ -542,14 +887,17 @@ class PrefectRunner(SequentialRunner):
 
 
 @task(persist_result=False)
-def kedro_init(project_path: Path, env: str) -> Any:
-    """Bootstrap the project, and make the Kedro session of this flow run."""
+def kedro_init(project_path: Path, parameters: dict[str, Any]) -> Any:
+    """Bootstrap the project, and make the Kedro session and the runner of this flow run."""
     logger = get_run_logger()
     logger.info("Bootstrapping project")
     metadata = _bootstrap(project_path)
-    session = KedroSession.create(project_path=project_path, env=env)
+    _request_pipeline(parameters["pipeline_name"])
+    _check_parameters(parameters)
+    session = _create_session(parameters)
+    config = _load_config(session, parameters)
     logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
-    return session
+    return session, PrefectRunner(**config["task_runner"], task_options=config["tasks"])
 
 
 def _flow_name() -> str:
@@ -561,17 +909,47 @@ def _flow_name() -> str:
 
 
 @flow(name=_flow_name())
-def my_flow(pipeline_name: str = "__default__", env: str = "base") -> None:
+def my_flow(
+    pipeline_name: str = "__default__",
+    env: str = "base",
+    runtime_params: dict[str, Any] = {},
+    tags: list[str] = [],
+    node_names: list[str] = [],
+    from_nodes: list[str] = [],
+    to_nodes: list[str] = [],
+    from_inputs: list[str] = [],
+    to_outputs: list[str] = [],
+    namespaces: list[str] = [],
+    load_versions: dict[str, str] = {},
+    only_missing_outputs: bool = False,
+    conf_source: str = "",
+) -> None:
     """Run a Kedro pipeline, each of its nodes as a Prefect task.
 
     Args:
         pipeline_name (str): The registered pipeline to run. Default: `__default__`.
         env (str): The Kedro configuration environment, a folder of `conf`. Default: `base`.
+        runtime_params (dict): Values that win over the project's parameters, nested as these are.
+            Default: none.
+        tags (list): Run only nodes with at least one of these Kedro tags. Default: all.
+        node_names (list): Run only these nodes. Default: all.
+        from_nodes (list): Run only these nodes and those behind them. Default: all.
+        to_nodes (list): Run only these nodes and those before them. Default: all.
+        from_inputs (list): Run only what needs these datasets. Default: all.
+        to_outputs (list): Run only what these datasets need. Default: all.
+        namespaces (list): Run only nodes in these namespaces; before Kedro 1.0 one. Default: all.
+        load_versions (dict): From versioned dataset to the version to load. Default: the newest.
+        only_missing_outputs (bool): Skip nodes whose outputs are there; needs Kedro 1.0. Default:
+            false.
+        conf_source (str): Folder, archive or URL of the configuration; a path is relative to the
+            project. Default: the project's own.
     """
+    parameters = locals()
     get_run_logger().info("Initializing Kedro...")
-    session: Any = kedro_init(PROJECT_PATH, env)
+    initialized: Any = kedro_init(PROJECT_PATH, parameters)
+    session, runner = initialized
     with session:
-        _run_session(session, pipeline_name, PrefectRunner())
+        _run_session(session, runner, parameters)
 
 
 # ---- Deployment ----
@@ -681,6 +1059,46 @@ async def _find_deployment(full_name: str) -> Any | None:
             return None
 
 
+def _is_scheduled(schedule: Any, existing: Any) -> bool:
+    """Tell whether a deployment has just this schedule: it then keeps its start and its pause."""
+    schedules = existing.schedules if hasattr(existing, "schedules") else [existing]
+
+    def timing(schedule: Any) -> list[str]:
+        times = [getattr(schedule, name, None) for name in ("cron", "interval", "rrule")]
+        zone = getattr(schedule, "timezone", None) or "UTC"
+        # The server adds the start that a rule without one has.
+        return [str(time).removeprefix("DTSTART:20200101T000000\n") for time in (*times, zone)]
+
+    return [timing(found.schedule) for found in schedules] == [timing(schedule)]
+
+
+def _deployment_options(plan: _Plan, existing: Any) -> dict[str, Any]:
+    """Turn section deployment of prefect.yml into what Prefect's deployments take."""
+    settings = plan.config["deployment"]
+    options: dict[str, Any] = {
+        name: settings[name] for name in ("tags", "concurrency_limit") if name in settings
+    }
+    options["description"] = settings.get("description") or _describe(plan)
+    if "concurrency_limit" in settings and not _PREFECT_3:
+        raise click.ClickException(
+            "prefect.yml: deployment.concurrency_limit needs Prefect 3, and this is Prefect"
+            f" {prefect.__version__}: leave it out, or limit the work queue."
+        )
+    if "paused" in settings:
+        options |= _pause_options(settings["paused"])
+    schedule = _read_schedule(settings)
+    if schedule and not (existing and _is_scheduled(schedule, existing)):
+        options |= _schedule_options(schedule)
+    return options
+
+
+def _job_variables(settings: dict[str, Any], logging_level: str, given: bool) -> dict[str, Any]:
+    """Add the logging level to the job variables; the command line wins over prefect.yml."""
+    level = {"PREFECT_LOGGING_LEVEL": logging_level}
+    env = settings.get("env", {})
+    return {**settings, "env": {**env, **level} if given else {**level, **env}}
+
+
 def _print_next_steps(deployment_id: Any, full_name: str, pool: Any, queue_name: str) -> None:
     kind = "agent" if pool.type in _AGENT_POOL_TYPES else "worker"
     target = f"--pool {shlex.quote(pool.name)} --work-queue {shlex.quote(queue_name)}"
@@ -756,6 +1174,60 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
             )
 
 
+_KEDRO_RUN_OPTIONS = (  # flow parameter, spelling and parser of `kedro run`, form and meaning
+    (
+        "runtime_params",
+        "--params",
+        kedro_cli._split_params,
+        "K=V,...  Win over the parameters in conf; a.b=V is nested.",
+    ),
+    (
+        "tags",
+        "-t --tags",
+        kedro_cli.split_string,
+        "TAG,...  Only nodes with one of these Kedro tags.",
+    ),
+    ("node_names", "-n --nodes", kedro_cli.split_node_names, "NODE,...  Only these nodes."),
+    (
+        "from_nodes",
+        "--from-nodes",
+        kedro_cli.split_node_names,
+        "NODE,...  Only these and those behind.",
+    ),
+    (
+        "to_nodes",
+        "--to-nodes",
+        kedro_cli.split_node_names,
+        "NODE,...  Only these and those before.",
+    ),
+    ("from_inputs", "--from-inputs", kedro_cli.split_string, "DATASET,...  Only what needs these."),
+    ("to_outputs", "--to-outputs", kedro_cli.split_string, "DATASET,...  Only what these need."),
+    (
+        "namespaces",
+        "-ns --namespaces --namespace",
+        kedro_cli.split_node_names,
+        "NAME,...  Only nodes in these.",
+    ),
+    (
+        "load_versions",
+        "-lv --load-versions",
+        kedro_cli._split_load_versions,
+        "DATASET:VERSION,...  Instead of the newest.",
+    ),
+)
+
+
+def _kedro_run_options(command: Any) -> Any:
+    """Add the options of `kedro run` that become flow parameters."""
+    for name, spelling, parse, about in reversed(_KEDRO_RUN_OPTIONS):
+        metavar, meaning = about.split("  ")
+        options = {"metavar": metavar, "callback": parse, "help": meaning}
+        command = click.option(name, *spelling.split(), default="", show_default=False, **options)(
+            command
+        )
+    return command
+
+
 # Kedro's recipe spells its options with underscores, most other commands with hyphens: both do.
 @click.command(
     context_settings={
@@ -768,6 +1240,15 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
 )
 @click.option(
     "-e", "--env", default="base", envvar="KEDRO_ENV", help="Kedro environment; or set KEDRO_ENV."
+)
+@_kedro_run_options
+@click.option("--only-missing-outputs", is_flag=True, help="Only nodes whose outputs are missing.")
+@click.option(
+    "--conf-source",
+    default="",
+    show_default=False,
+    metavar="PATH",
+    help="Configuration, instead of conf.",
 )
 @click.option("--deployment_name", default="example", help="Deployment to create or update.")
 @click.option("--work_pool_name", default="default", help="Work pool that runs are sent to.")
@@ -789,8 +1270,6 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
 def prefect_deploy(
     context: click.Context,
     /,
-    pipeline_name: str,
-    env: str,
     deployment_name: str,
     work_pool_name: str,
     work_queue_name: str,
@@ -800,26 +1279,39 @@ def prefect_deploy(
     run: bool,
     serve: bool,
     dry_run: bool,
+    **parameters: Any,
 ) -> None:
     """Register a Kedro pipeline as a Prefect deployment, or run it as a flow."""
     _check_usage(context, deployment_name, run, serve)
-    plan = _check_project(pipeline_name, env)
+    plan = _check_project(parameters)
+    settings = plan.config["deployment"]
+    source = _read_source(settings)
     if dry_run:
         _print_plan(plan)
-    options = {"name": deployment_name, "version": version, "parameters": plan.parameters}
     if run:
         return None if dry_run else _run_now(plan)
     _reach_server()
+    full_name = f"{plan.metadata.package_name}/{deployment_name}"
+    existing = _call_api(_find_deployment(full_name))
+    options = {
+        "name": deployment_name,
+        "version": version,
+        "parameters": plan.given,
+        **_deployment_options(plan, existing),
+    }
     if serve:
-        return None if dry_run else _serve(my_flow, **options)
+        return None if dry_run else _serve(my_flow, plan, **options)
     pool = _call_api(_find_work_pool(work_pool_name, work_queue_name, work_pool_type, dry_run))
     if dry_run:
         return None
-    options |= {"work_pool_name": work_pool_name, "work_queue_name": work_queue_name}
-    job_variables = {"env": {"PREFECT_LOGGING_LEVEL": logging_level}}
-    full_name = f"{plan.package_name}/{deployment_name}"
-    existing = _call_api(_find_deployment(full_name))
-    deployment_id = _register(my_flow, job_variables, existing, **options)
+    given = context.get_parameter_source("logging_level") is click.core.ParameterSource.COMMANDLINE
+    options |= {
+        "work_pool_name": work_pool_name,
+        "work_queue_name": work_queue_name,
+        "job_variables": _job_variables(settings.get("job_variables", {}), logging_level, given),
+    }
+    path = settings.get("path", str(PROJECT_PATH))
+    deployment_id = _register(my_flow, plan, existing, path, source, **options)
     return _print_next_steps(deployment_id, full_name, pool, work_queue_name)
 
 

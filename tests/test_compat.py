@@ -106,7 +106,9 @@ class AnySession:
 )
 def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_on: Any) -> None:
     session = AnySession()
-    register_prefect_flow._run_session(session, name, None)
+    parameters = {filters: [] for filters in ("tags", "node_names", "namespaces")}
+    parameters |= {"pipeline_name": name, "load_versions": {}}
+    register_prefect_flow._run_session(session, None, parameters)
     assert session.name == passed_on
 
 
