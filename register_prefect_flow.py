@@ -32,7 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from itertools import chain, groupby
@@ -77,7 +76,7 @@ from kedro.framework.startup import ProjectMetadata, _get_project_metadata, boot
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
-from prefect import Flow, Task, flow, get_client, get_run_logger, task
+from prefect import Task, flow, get_client, get_run_logger, task
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.exceptions import ObjectNotFound
@@ -91,15 +90,11 @@ try:  # Kedro 0.19.10 put Task in the place of run_node, which 1.0 removed.
 except ImportError:
     from kedro.runner import run_node  # type: ignore[attr-defined,unused-ignore]
 
-    def _run_node(
-        node: Node, catalog: Any, hook_manager: Any, is_async: bool, run_id: str | None
-    ) -> None:
+    def _run_node(node: Any, catalog: Any, hook_manager: Any, is_async: bool, run_id: Any) -> None:
         run_node(node, catalog, hook_manager, is_async, run_id)
 else:
 
-    def _run_node(
-        node: Node, catalog: Any, hook_manager: Any, is_async: bool, run_id: str | None
-    ) -> None:
+    def _run_node(node: Any, catalog: Any, hook_manager: Any, is_async: bool, run_id: Any) -> None:
         _KedroTask(node, catalog, is_async, hook_manager, run_id).execute()
 
 
@@ -107,24 +102,21 @@ _FILTERS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_o
 
 
 def _check_supported(parameters: dict[str, Any]) -> None:
-    """Refuse flow parameters that came with Kedro 1.0 on a Kedro before."""
-    for name, asked, instead in (
-        ("more than one namespace", len(parameters["namespaces"]) > 1, "pass one namespace"),
-        ("only_missing_outputs", parameters["only_missing_outputs"], "leave it out"),
-    ):
-        if asked and not _KEDRO_1:
-            raise click.ClickException(
-                f"{name} needs Kedro 1.0 or newer, and this is Kedro {kedro.__version__}: {instead}"
-                ", or pip install 'kedro>=1.0'"
-            )
+    if not _KEDRO_1 and (parameters["only_missing_outputs"] or len(parameters["namespaces"]) > 1):
+        raise click.ClickException(
+            "only_missing_outputs and more than one of namespaces need Kedro 1.0 or newer, and this"
+            f" is Kedro {kedro.__version__}. pip install 'kedro>=1.0', or leave them out"
+        )
 
 
 def _filter_pipeline(pipeline: Pipeline, parameters: dict[str, Any]) -> Pipeline:
     filters = {name: parameters[name] for name in _FILTERS}
+    namespaces = parameters["namespaces"]
     if _KEDRO_1:
-        return pipeline.filter(**filters, node_namespaces=parameters["namespaces"])
-    namespace = next(iter(parameters["namespaces"]), None)
-    return pipeline.filter(**filters, node_namespace=namespace)  # type: ignore[call-arg,unused-ignore]
+        filters["node_namespaces"] = namespaces
+    else:
+        filters["node_namespace"] = next(iter(namespaces), None)
+    return pipeline.filter(**filters)
 
 
 def _request_pipeline(name: str | None) -> None:
@@ -151,10 +143,6 @@ def _call_with_params(method: Any, parameters: dict[str, Any]) -> Any:
     """Call a method of a session, which may be of the kind that takes the parameters only now."""
     takes_them = "runtime_params" in inspect.signature(method).parameters
     return method(**{"runtime_params": parameters["runtime_params"]} if takes_them else {})
-
-
-def _make_config_loader(session: Any, parameters: dict[str, Any]) -> Any:
-    return _call_with_params(session._get_config_loader, parameters)
 
 
 def _load_catalog(session: Any, parameters: dict[str, Any]) -> Any:
@@ -188,6 +176,12 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     return catalog._get_dataset(name) if name in known else None
 
 
+def _call_api(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a call of Prefect's client, whether or not the caller has an event loop."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
+
+
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.flows import serve
@@ -216,48 +210,40 @@ if _PREFECT_3:
         future.wait()
         return future.state
 
-    def _make_deployment(registered_flow: Flow[..., Any], plan: Any, **options: Any) -> Any:
-        # The form offers what there is now; and takes other names, for there may be new ones.
-        for name, choices in plan.choices.items():
-            registered_flow.fn.__annotations__[name] = Literal[tuple(choices)] | str
-        deployment: Any = registered_flow.to_deployment(**options)
+    def _make_deployment(
+        flow: Any, choices: dict[str, list[str]], schedule: Any = None, **options: Any
+    ) -> Any:
+        # The form offers what there is now, and takes any other name, for there may be new ones.
+        for name, names in choices.items():
+            flow.fn.__annotations__[name] = Literal[tuple(names)] | str
+        if schedule:
+            options["schedules"] = [schedule]
+        deployment = flow.to_deployment(**options)
         deployment.entrypoint = ENTRYPOINT
         return deployment
 
-    def _register(
-        registered_flow: Flow[..., Any],
-        plan: Any,
-        existing: Any,
-        path: str,
-        source: tuple[str, str | None] | None,
-        **options: Any,
-    ) -> Any:
-        deployment = _make_deployment(registered_flow, plan, **options)
+    def _register(existing: Any, path: str, source: Any, options: dict[str, Any]) -> Any:
+        deployment = _make_deployment(**options)
         deployment.storage = LocalStorage(path=path)
         if source:
             deployment.storage = GitRepository(url=source[0], branch=source[1])
         # What is not set stays as it is on the server, where users may have changed it.
-        kept = {"schedules", "paused", "tags", "concurrency_limit"} - options.keys()
+        kept = {"paused", "tags", "concurrency_limit"} - options.keys()
+        kept |= set() if "schedule" in options else {"schedules"}
         if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
             for name in kept:
                 setattr(deployment, name, getattr(existing, name))
             if "schedules" in kept:
                 deployment.schedules = [
-                    DeploymentScheduleCreate(schedule=schedule.schedule, active=schedule.active)
-                    for schedule in existing.schedules
+                    DeploymentScheduleCreate(schedule=found.schedule, active=found.active)
+                    for found in existing.schedules
                 ]
         deployment.model_fields_set.difference_update(kept)
         return deployment.apply()
 
-    def _serve(registered_flow: Flow[..., Any], plan: Any, **options: Any) -> None:
+    def _serve(options: dict[str, Any]) -> None:
         with suppress(KeyboardInterrupt):  # which Prefect itself does since 3.0.11
-            serve(_make_deployment(registered_flow, plan, **options))
-
-    def _schedule_options(schedule: Any) -> dict[str, Any]:
-        return {"schedules": [schedule]}
-
-    def _pause_options(paused: bool) -> dict[str, Any]:
-        return {"paused": paused}
+            serve(_make_deployment(**options))
 
 else:
     from prefect.deployments import Deployment
@@ -287,57 +273,51 @@ else:
     def _final_state(future: Any) -> Any:
         return future.wait()
 
-    def _register(
-        registered_flow: Flow[..., Any],
-        plan: Any,
-        existing: Any,
-        path: str,
-        source: tuple[str, str | None] | None,
-        **options: Any,
-    ) -> Any:
-        del plan  # the form of Prefect 2 has no choices
+    def _register(existing: Any, path: str, source: Any, options: dict[str, Any]) -> Any:
+        del options["choices"]  # the form of Prefect 2 has none
+        if "paused" in options:
+            options["is_schedule_active"] = not options.pop("paused")
+        if existing:  # what is not set stays as it is on the server: users may have changed it
+            kept = {name: getattr(existing, name) for name in ("tags", "is_schedule_active")}
+            if "schedule" not in options and hasattr(existing, "schedules"):  # 2.16
+                kept["schedules"] = [
+                    {"schedule": found.schedule, "active": found.active}
+                    for found in existing.schedules
+                ]
+            elif "schedule" not in options:
+                kept["schedule"] = existing.schedule
+            options = kept | options
+        if source and not _is_agent_time:  # workers take no storage block, and agents nothing else
+            from prefect.runner.storage import GitRepository
+
+            deployment: Any = options.pop("flow").to_deployment(**options)
+            deployment.entrypoint = ENTRYPOINT
+            deployment.storage = GitRepository(url=source[0], branch=source[1])
+            return deployment.apply()
         variables = options.pop("job_variables")
         if source:
             options["storage"] = GitHub(repository=source[0], reference=source[1])
+            _call_api(options["storage"]._save(is_anonymous=True))
         else:
             # Without a working directory the run gets a temporary copy of the project, and its
             # output files are gone with it.
             options["path"] = variables["working_dir"] = path
         with warnings.catch_warnings():  # deprecated since 2.16.4, and all that knows agents
             warnings.simplefilter("ignore", DeprecationWarning)
-            deployment: Any = Deployment.build_from_flow(  # type: ignore[attr-defined]
-                flow=registered_flow,
+            deployment = Deployment.build_from_flow(  # type: ignore[attr-defined]
                 entrypoint=ENTRYPOINT,
                 infra_overrides=variables,
                 ignore_file=os.devnull,  # or else it leaves an empty .prefectignore behind
                 load_existing=False,
                 **options,
             )
-        # What is not set stays as it is on the server, where users may have changed it.
-        kept = {"tags", "is_schedule_active"} - options.keys()
-        if "schedule" not in options:
-            kept.add("schedules" if hasattr(existing, "schedules") else "schedule")  # 2.16
-        for name in kept if existing else ():
-            setattr(deployment, name, getattr(existing, name))
         return deployment.apply()
-
-    def _schedule_options(schedule: Any) -> dict[str, Any]:
-        return {"schedule": schedule}
-
-    def _pause_options(paused: bool) -> dict[str, Any]:
-        return {"is_schedule_active": not paused}
 
 
 def _default_max_workers() -> int:
     # Prefect 2 and 3.0.0 lack this setting; unset, the thread pool would have no limit.
     setting = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
     return (setting and setting.value()) or min(32, (os.cpu_count() or 1) + 4)
-
-
-def _call_api(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a call of Prefect's client, whether or not the caller has an event loop."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
 
 
 # ---- Kedro: the project, and what has to be right before it can run ----
@@ -488,64 +468,43 @@ def _load_datasets(
 # ---- conf/<env>/prefect.yml ----
 
 _NUMBER = (int, float)
-_TASK_OPTIONS = {
-    "description": str,
-    "log_prints": bool,
-    "retries": int,
-    "retry_delay_seconds": (int, float, list),
-    "retry_jitter_factor": _NUMBER,
-    "tags": list,
-    "timeout_seconds": _NUMBER,
+_DEPLOYMENT_SETTINGS: dict[str, Any] = {
+    "cron": str, "interval": _NUMBER, "rrule": str, "timezone": str, "paused": bool,
+    "description": str, "tags": list, "concurrency_limit": int, "job_variables": dict,
+    "path": str, "source": str,
+}  # fmt: skip
+_RUNNER_SETTINGS: dict[str, Any] = {"type": str, "max_workers": int, "is_async": bool}
+_TASK_SETTINGS: dict[str, Any] = {
+    "retries": int, "retry_delay_seconds": (*_NUMBER, list), "retry_jitter_factor": _NUMBER,
+    "timeout_seconds": _NUMBER, "tags": list, "log_prints": bool, "description": str,
     "version": str,
-}
-_DEPLOYMENT_OPTIONS = {
-    "concurrency_limit": int,
-    "cron": str,
-    "description": str,
-    "interval": _NUMBER,
-    "job_variables": dict,
-    "path": str,
-    "paused": bool,
-    "rrule": str,
-    "source": str,
-    "tags": list,
-    "timezone": str,
-}
-_RUNNER_OPTIONS = {"type": str, "max_workers": int, "is_async": bool}
-_SECTIONS = {"deployment": dict, "task_runner": dict, "tasks": dict}
+}  # fmt: skip
 
 
 def _read_schedule(settings: dict[str, Any]) -> Any | None:
     """Make the schedule that section deployment of prefect.yml describes."""
-    kinds = [kind for kind in ("cron", "interval", "rrule") if kind in settings]
-    if len(kinds) != 1 and (kinds or "timezone" in settings):
+    classes = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
+    given = [name for name in classes if name in settings]
+    if len(given) > 1 or (not given and "timezone" in settings):
         raise click.ClickException(
-            f"prefect.yml: deployment has {' and '.join(kinds) or 'only a timezone'}, and not one"
+            f"prefect.yml: deployment has {' and '.join(given) or 'only a timezone'}, and not one"
             " of cron, interval and rrule."
         )
-    if not kinds:
-        return None
-    timezone = settings.get("timezone")
-    with _project_errors(f"Reading deployment.{kinds[0]} in prefect.yml"):
-        if "interval" in settings:
-            return IntervalSchedule(
-                interval=timedelta(seconds=settings["interval"]), timezone=timezone
-            )
-        if "cron" in settings:
-            return CronSchedule(cron=settings["cron"], timezone=timezone)
-        return RRuleSchedule(rrule=settings["rrule"], timezone=timezone)
+    for name in given:
+        with _project_errors(f"Reading deployment.{name} in prefect.yml"):
+            return classes[name](**{name: settings[name], "timezone": settings.get("timezone")})
+    return None
 
 
 def _read_source(settings: dict[str, Any]) -> tuple[str, str | None] | None:
     """Split a source as pip does: git+URL, and the branch or tag behind an @."""
-    source = settings.get("source")
-    if source is None:
+    if "source" not in settings:
         return None
-    found = re.fullmatch(r"git\+(\w+://[^/]*/[^@]+)(?:@(.+))?", source)
+    found = re.fullmatch(r"git\+(\w+://[^/]*/[^@]+)(?:@(.+))?", settings["source"])
     if not found:
         raise click.ClickException(
-            f"prefect.yml: deployment.source is '{source}', and not git+URL@branch-or-tag, as in"
-            " git+https://example.org/forecast.git@v1.4."
+            f"prefect.yml: deployment.source is '{settings['source']}', and not git+URL@ref, as in"
+            " git+https://example.org/forecast.git@v1.4 (a branch or tag)."
         )
     return found[1], found[2]
 
@@ -553,45 +512,48 @@ def _read_source(settings: dict[str, Any]) -> tuple[str, str | None] | None:
 def _load_config(session: Any, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Read prefect.yml with the project's own config loader, and check what is in it."""
     with _project_errors("Loading prefect.yml"):
-        loader = _make_config_loader(session, parameters)
+        loader = _call_with_params(session._get_config_loader, parameters)
         loader.config_patterns.setdefault("prefect", ["prefect.*"])
         try:
-            config = loader["prefect"]
+            given = {section: settings or {} for section, settings in loader["prefect"].items()}
         except MissingConfigException:
-            config = {}
-    config = {section: settings or {} for section, settings in config.items()}
-    _check_settings("", config, _SECTIONS)
-    config = {section: config.get(section, {}) for section in _SECTIONS}
-    _check_settings("deployment", config["deployment"], _DEPLOYMENT_OPTIONS)
+            given = {}
+    _check_settings("", given, dict.fromkeys(("deployment", "task_runner", "tasks"), dict))
+    config = {"deployment": {}, "task_runner": {}, "tasks": {}, **given}
+    _check_settings("deployment.", config["deployment"], _DEPLOYMENT_SETTINGS)
     _read_schedule(config["deployment"])
     _read_source(config["deployment"])
-    _check_settings("task_runner", config["task_runner"], _RUNNER_OPTIONS)
-    for name, options in config["tasks"].items():
-        _check_settings(f"tasks.{name}", options, _TASK_OPTIONS)
-        with _project_errors(f"Reading tasks.{name} in prefect.yml"):
-            Task(fn=lambda: None, **options)
+    if "concurrency_limit" in config["deployment"] and not _PREFECT_3:
+        raise click.ClickException(
+            "prefect.yml: deployment.concurrency_limit needs Prefect 3, and this is Prefect"
+            f" {prefect.__version__}: leave it out, or limit the work queue."
+        )
+    _check_settings("task_runner.", config["task_runner"], _RUNNER_SETTINGS)
     if (kind := config["task_runner"].pop("type", "threads")) != "threads":
         raise click.ClickException(f"prefect.yml: task_runner.type is '{kind}', not 'threads'.")
+    _check_settings("tasks.", config["tasks"], dict.fromkeys(config["tasks"], dict))
+    for name, options in config["tasks"].items():
+        _check_settings(f"tasks.{name}.", options, _TASK_SETTINGS)
+        with _project_errors(f"Reading tasks.{name} in prefect.yml"):
+            Task(fn=lambda: None, **options)
     with _project_errors("Reading task_runner in prefect.yml"):
         PrefectRunner(**config["task_runner"])
     return config
 
 
-def _check_settings(section: str, settings: Any, allowed: dict[str, Any]) -> None:
+def _check_settings(where: str, given: dict[str, Any], allowed: dict[str, Any]) -> None:
     """Refuse settings that are not there, or of another type."""
-    if not isinstance(settings, dict):
-        raise click.ClickException(f"prefect.yml: {section} is {settings!r}, and not dict.")
-    for key, value in settings.items():
-        if key not in allowed:
-            where = f"prefect.yml: {section}" if section else "prefect.yml"
+    for name, value in given.items():
+        if name not in allowed:
             raise click.ClickException(
-                f"{where} has no '{key}'." + _close_matches(key, allowed, "settings")
+                f"prefect.yml has no {where}{name}." + _close_matches(name, allowed, "settings")
             )
-        types = allowed[key] if isinstance(allowed[key], tuple) else (allowed[key],)
+        types = allowed[name] if isinstance(allowed[name], tuple) else (allowed[name],)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            where = f"{section}.{key}" if section else key
             names = " or ".join(kind.__name__ for kind in types)
-            raise click.ClickException(f"prefect.yml: {where} is {value!r}, and not {names}.")
+            raise click.ClickException(
+                f"prefect.yml: {where}{name} is {value!r}, and has to be of type {names}."
+            )
 
 
 def _task_names(node: Node) -> set[str]:
@@ -1075,20 +1037,12 @@ def _is_scheduled(schedule: Any, existing: Any) -> bool:
 def _deployment_options(plan: _Plan, existing: Any) -> dict[str, Any]:
     """Turn section deployment of prefect.yml into what Prefect's deployments take."""
     settings = plan.config["deployment"]
-    options: dict[str, Any] = {
-        name: settings[name] for name in ("tags", "concurrency_limit") if name in settings
-    }
+    names = ("tags", "concurrency_limit", "paused")
+    options: dict[str, Any] = {name: settings[name] for name in names if name in settings}
     options["description"] = settings.get("description") or _describe(plan)
-    if "concurrency_limit" in settings and not _PREFECT_3:
-        raise click.ClickException(
-            "prefect.yml: deployment.concurrency_limit needs Prefect 3, and this is Prefect"
-            f" {prefect.__version__}: leave it out, or limit the work queue."
-        )
-    if "paused" in settings:
-        options |= _pause_options(settings["paused"])
     schedule = _read_schedule(settings)
     if schedule and not (existing and _is_scheduled(schedule, existing)):
-        options |= _schedule_options(schedule)
+        options["schedule"] = schedule
     return options
 
 
@@ -1285,7 +1239,6 @@ def prefect_deploy(
     _check_usage(context, deployment_name, run, serve)
     plan = _check_project(parameters)
     settings = plan.config["deployment"]
-    source = _read_source(settings)
     if dry_run:
         _print_plan(plan)
     if run:
@@ -1294,13 +1247,15 @@ def prefect_deploy(
     full_name = f"{plan.metadata.package_name}/{deployment_name}"
     existing = _call_api(_find_deployment(full_name))
     options = {
+        "flow": my_flow,
         "name": deployment_name,
         "version": version,
         "parameters": plan.given,
+        "choices": plan.choices,
         **_deployment_options(plan, existing),
     }
     if serve:
-        return None if dry_run else _serve(my_flow, plan, **options)
+        return None if dry_run else _serve(options)
     pool = _call_api(_find_work_pool(work_pool_name, work_queue_name, work_pool_type, dry_run))
     if dry_run:
         return None
@@ -1311,7 +1266,7 @@ def prefect_deploy(
         "job_variables": _job_variables(settings.get("job_variables", {}), logging_level, given),
     }
     path = settings.get("path", str(PROJECT_PATH))
-    deployment_id = _register(my_flow, plan, existing, path, source, **options)
+    deployment_id = _register(existing, path, _read_source(settings), options)
     return _print_next_steps(deployment_id, full_name, pool, work_queue_name)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,8 +124,14 @@ class Server:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.loads(response.read() or "null")
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return json.loads(response.read() or "null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its database is busy: Prefect's client waits as well
+                    raise
+                time.sleep(1)
 
     def prefect(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return run(BIN / "prefect", *arguments, cwd=cwd, env=self.env)
@@ -152,9 +159,10 @@ class Server:
 
         eventually(as_expected, or_show=states)
 
-    def trigger(self, deployment: str, cwd: Path) -> str:
+    def trigger(self, deployment: str, cwd: Path, **parameters: Any) -> str:
         """Start a run of a deployment from the command line, and return its id."""
-        done = self.prefect("deployment", "run", deployment, cwd=cwd)
+        given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+        done = self.prefect("deployment", "run", deployment, *given, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
         return re.search(r"flow-runs?/flow-run/([0-9a-f-]{36})|UUID: ([0-9a-f-]{36})", done.stdout)[
             0

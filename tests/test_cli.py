@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import (
+    KEDRO_1,
     POOL_TYPE,
     PREFECT_3,
     SCRIPT,
@@ -87,6 +88,40 @@ def test_environment_without_a_folder(project: Path) -> None:
 def test_environment_from_the_variable_of_kedro(project: Path) -> None:
     message = refused(project, None, "--run", env={"KEDRO_ENV": "lokal"})
     assert "Environment 'lokal' has no folder" in message
+
+
+def test_filters_that_leave_no_node(project: Path) -> None:
+    message = refused(project, None, "--run", "--tags", "heavi", "--nodes", "add")
+    assert "Filtering pipeline '__default__'" in message
+    assert "tags: 'heavi'. Did you mean heavy? The tags are: heavy, unlimited." in message
+
+
+def test_unknown_node(project: Path) -> None:
+    message = refused(project, None, "--run", "--from-nodes", "ad")
+    assert "['ad']" in message
+    assert "from_nodes: 'ad'. Did you mean add? The from_nodes are: add, double, " in message
+
+
+def test_version_of_an_unknown_dataset(project: Path) -> None:
+    message = refused(project, None, "--run", "--load-versions", "rapport:2020-01-01T00.00.00.000Z")
+    assert "rapport" in message
+
+
+def test_missing_configuration(project: Path) -> None:
+    message = refused(project, None, "--run", "--conf-source", "elsewhere")
+    assert f"There is no configuration at {project}/elsewhere" in message
+
+
+@pytest.mark.skipif(KEDRO_1, reason="Kedro 1.0 has both")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--namespaces", "a,b"], "more than one of namespaces need Kedro 1.0 or newer"),
+        (["--only-missing-outputs"], "only_missing_outputs and more than"),
+    ],
+)
+def test_what_came_with_kedro_1(project: Path, arguments: list[str], message: str) -> None:
+    assert message in refused(project, None, "--run", *arguments)
 
 
 @pytest.mark.parametrize("name", ["catalog", "parameters"])
@@ -262,6 +297,8 @@ def test_serve_on_prefect_2() -> None:
         (["--run", "--logging_level", "INFO"], "Set PREFECT_LOGGING_LEVEL instead"),
         (["--logging_level", "LOUD"], "LOUD"),
         (["--nosuch"], "--nosuch"),
+        (["--params", "factor"], "factor"),
+        (["--load-versions", "report"], "report"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
@@ -312,6 +349,46 @@ def test_dry_run_shows_layers_and_datasets_and_registers_nothing(
         "  scaled: memory, released after its last reader",
         f"  total: JSONDataset {project}/data/total.json",
     ]
+
+
+def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
+    (project / "conf/base/prefect.yml").write_text(
+        "tasks: {'tag:heavy': {retries: 2}}\ndeployment: {cron: 0 6 * * *}\n"
+    )
+    arguments = ("--tags", "heavy", "--params", "factor=5,a.b=2")
+    done = register(project, None, "--run", "--dry-run", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = done.stdout[done.stdout.index("Pipeline '__default__'") :].splitlines()
+    assert plan[:5] == [
+        "Pipeline '__default__' of tiny, environment 'base': 1 nodes in 1 layers",
+        "  runtime_params: {'factor': 5, 'a': {'b': 2}}",
+        "  tags: ['heavy']",
+        "Layer 1",
+        "  scale: numbers, params:factor, params:pause -> scaled  {'retries': 2}",
+    ]
+    assert plan[-1] == "deployment.cron: 0 6 * * *"
+
+
+def test_the_form_explains_and_offers(project: Path, server: Server, idle_pool: str) -> None:
+    done = register(project, server, "--work_pool_name", idle_pool)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = f"/deployments/{re.search(r'with id (.+)', done.stdout)[1]}"
+    properties = server.request("GET", path)["parameter_openapi_schema"]["properties"]
+    assert len(properties) == 13
+    assert all(field["description"] for field in properties.values())
+    assert properties["only_missing_outputs"]["type"] == "boolean"
+    for name in ("tags", "node_names", "from_inputs", "namespaces"):
+        assert (properties[name]["type"], properties[name]["items"]) == (
+            "array",
+            {"type": "string"},
+        )
+    for name in ("runtime_params", "load_versions"):
+        assert properties[name]["type"] == "object"
+    if PREFECT_3:
+        offered, any_other = properties["pipeline_name"]["anyOf"]
+        assert offered["enum"] == ["__default__", "broken", "empty"]
+        assert properties["env"]["anyOf"][0]["enum"] == ["base", "local"]
+        assert any_other == {"type": "string"}, "or an old list would be a trap"
 
 
 def test_what_is_printed_after_registering_works(

@@ -74,25 +74,40 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("deploymint: {}", "prefect.yml has no 'deploymint'. Did you mean deployment?"),
-        ("deployment: 3", "prefect.yml: deployment is 3, and not dict"),
-        ("deployment: {corn: '* * * * *'}", "deployment has no 'corn'. Did you mean cron?"),
-        ("deployment: {interval: soon}", "deployment.interval is 'soon', and not int or float"),
-        ("deployment: {paused: 1}", "deployment.paused is 1, and not bool"),
-        ("deployment: {tags: nightly}", "deployment.tags is 'nightly', and not list"),
-        ("deployment: {concurrency_limit: true}", "concurrency_limit is True, and not int"),
+        ("deploymint: {}", "prefect.yml has no deploymint. Did you mean deployment?"),
+        ("deployment: 3", "prefect.yml: deployment is 3, and has to be of type dict"),
+        (
+            "deployment: {corn: '* * * * *'}",
+            "prefect.yml has no deployment.corn. Did you mean cron?",
+        ),
+        (
+            "deployment: {interval: soon}",
+            "deployment.interval is 'soon', and has to be of type int or float",
+        ),
+        ("deployment: {paused: 1}", "deployment.paused is 1, and has to be of type bool"),
+        ("deployment: {tags: nightly}", "deployment.tags is 'nightly', and has to be of type list"),
+        (
+            "deployment: {concurrency_limit: true}",
+            "concurrency_limit is True, and has to be of type int",
+        ),
         ("deployment: {cron: '* * * * *', interval: 60}", "has cron and interval, and not one of"),
         ("deployment: {timezone: UTC}", "deployment has only a timezone, and not one of"),
         ("deployment: {cron: every day}", "deployment.cron in prefect.yml failed"),
         ("deployment: {rrule: nonsense}", "deployment.rrule in prefect.yml failed"),
-        ("deployment: {source: 'https://a.b/c'}", "'https://a.b/c', and not git+URL@"),
+        ("deployment: {source: 'https://a.b/c'}", "'https://a.b/c', and not git+URL@ref"),
         ("task_runner: {type: dask}", "task_runner.type is 'dask', not 'threads'"),
-        ("task_runner: {max_worker: 3}", "task_runner has no 'max_worker'. Did you mean max_w"),
+        (
+            "task_runner: {max_worker: 3}",
+            "prefect.yml has no task_runner.max_worker. Did you mean max_w",
+        ),
         ("task_runner: {max_workers: 0}", "max_workers is 0, and has to be 1 or more"),
-        ("tasks: {default: {retry: 3}}", "tasks.default has no 'retry'. Did you mean retries?"),
-        ("tasks: {add: {retries: many}}", "tasks.add.retries is 'many', and not int"),
+        (
+            "tasks: {default: {retry: 3}}",
+            "prefect.yml has no tasks.default.retry. Did you mean retries?",
+        ),
+        ("tasks: {add: {retries: many}}", "tasks.add.retries is 'many', and has to be of type int"),
         ("tasks: {add: {retry_jitter_factor: -1}}", "Reading tasks.add in prefect.yml failed"),
-        ("tasks: {add: }", "prefect.yml: tasks.add is None, and not dict"),
+        ("tasks: {add: }", "prefect.yml: tasks.add is None, and has to be of type dict"),
         ("tasks: [", "Loading prefect.yml failed"),
     ],
 )
@@ -289,9 +304,7 @@ def test_a_deployment_may_limit_its_runs(project: Path, registered: Any) -> None
     limit = deployment.get("global_concurrency_limit") or {"limit": deployment["concurrency_limit"]}
     assert limit["limit"] == 1
     assert schedules_of(deployment)[0][0]["rrule"].endswith("FREQ=DAILY")
-    assert [found["id"] for found in registered()["schedules"]] == [
-        found["id"] for found in deployment["schedules"]
-    ]
+    assert whole_schedules(registered()) == whole_schedules(deployment)
 
 
 @pytest.mark.skipif(PREFECT_3, reason="Prefect 3 has the limit")
@@ -309,7 +322,7 @@ def test_the_project_may_lie_elsewhere_on_the_worker(
     write(project / "conf", f"deployment: {{path: {image}}}\n")
     registered()
     flow_run = server.finished(server.trigger("tiny/example", cwd=project))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((image / "data/total.json").read_text()) == 30
     assert not (project / "data/total.json").exists()
 
@@ -334,12 +347,12 @@ def test_the_project_may_come_from_git(
     write(project / "conf", f"deployment: {{source: 'git+file://{project}@v1'}}\n")
     registered()
     flow_run = server.finished(server.trigger("tiny/example", cwd=project))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((outputs / "total.json").read_text()) == 30, "of the tag, not of the newest"
 
     # And no longer, where the file no longer says so.
     (project / "conf/base/prefect.yml").unlink()
     registered()
     flow_run = server.finished(server.trigger("tiny/example", cwd=project))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((outputs / "total.json").read_text()) == 612
