@@ -45,6 +45,7 @@ import prefect
 
 PROJECT_PATH = Path(__file__).absolute().parent
 ENTRYPOINT = "register_prefect_flow.py:my_flow"
+NAMES_SHOWN = 50  # in an error that lists what there is
 MERMAID_EDGES = 500  # more than that, mermaid draws nothing
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer before anything is registered
 
@@ -228,7 +229,7 @@ if _PREFECT_3:
         if source:
             deployment.storage = GitRepository(url=source[0], branch=source[1])
         # What is not set stays as it is on the server, where users may have changed it.
-        kept = {"paused", "tags", "concurrency_limit"} - options.keys()
+        kept = {"paused", "tags"} - options.keys()
         kept |= set() if "schedule" in options else {"schedules"}
         if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
             for name in kept:
@@ -350,11 +351,12 @@ def _is_project_code(path: Path) -> bool:
 
 
 def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
-    """List the names there are, those first that are spelled like the one asked for."""
+    """Name those that are spelled like the one asked for, and those there are."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"{hint} The {kind} are: {', '.join(names) or 'none'}."
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{hint} The {kind} are: {', '.join(names[:NAMES_SHOWN]) or 'none'}{more}."
 
 
 def _check_telemetry() -> None:
@@ -849,11 +851,11 @@ class PrefectRunner(SequentialRunner):
 
 
 @task(persist_result=False)
-def kedro_init(project_path: Path, parameters: dict[str, Any]) -> Any:
+def kedro_init(parameters: dict[str, Any]) -> Any:
     """Bootstrap the project, and make the Kedro session and the runner of this flow run."""
     logger = get_run_logger()
     logger.info("Bootstrapping project")
-    metadata = _bootstrap(project_path)
+    metadata = _bootstrap(PROJECT_PATH)
     _request_pipeline(parameters["pipeline_name"])
     _check_parameters(parameters)
     session = _create_session(parameters)
@@ -908,7 +910,7 @@ def my_flow(
     """
     parameters = locals()
     get_run_logger().info("Initializing Kedro...")
-    initialized: Any = kedro_init(PROJECT_PATH, parameters)
+    initialized: Any = kedro_init(parameters)
     session, runner = initialized
     with session:
         _run_session(session, runner, parameters)
@@ -1128,57 +1130,28 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
             )
 
 
-_KEDRO_RUN_OPTIONS = (  # flow parameter, spelling and parser of `kedro run`, form and meaning
-    (
-        "runtime_params",
-        "--params",
-        kedro_cli._split_params,
-        "K=V,...  Win over the parameters in conf; a.b=V is nested.",
-    ),
-    (
-        "tags",
-        "-t --tags",
-        kedro_cli.split_string,
-        "TAG,...  Only nodes with one of these Kedro tags.",
-    ),
-    ("node_names", "-n --nodes", kedro_cli.split_node_names, "NODE,...  Only these nodes."),
-    (
-        "from_nodes",
-        "--from-nodes",
-        kedro_cli.split_node_names,
-        "NODE,...  Only these and those behind.",
-    ),
-    (
-        "to_nodes",
-        "--to-nodes",
-        kedro_cli.split_node_names,
-        "NODE,...  Only these and those before.",
-    ),
-    ("from_inputs", "--from-inputs", kedro_cli.split_string, "DATASET,...  Only what needs these."),
-    ("to_outputs", "--to-outputs", kedro_cli.split_string, "DATASET,...  Only what these need."),
-    (
-        "namespaces",
-        "-ns --namespaces --namespace",
-        kedro_cli.split_node_names,
-        "NAME,...  Only nodes in these.",
-    ),
-    (
-        "load_versions",
-        "-lv --load-versions",
-        kedro_cli._split_load_versions,
-        "DATASET:VERSION,...  Instead of the newest.",
-    ),
-)
+_KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; form; meaning
+    ("runtime_params", "--params", kedro_cli._split_params, "K=V,...", "Win over the parameters."),
+    ("tags", "-t --tags", kedro_cli.split_string, "TAG,...", "Only nodes with one of these tags."),
+    ("node_names", "-n --nodes", kedro_cli.split_node_names, "NODE,...", "Only these nodes."),
+    ("from_nodes", "--from-nodes", kedro_cli.split_node_names, "NODE,...", "Only from these on."),
+    ("to_nodes", "--to-nodes", kedro_cli.split_node_names, "NODE,...", "Only up to these."),
+    ("from_inputs", "--from-inputs", kedro_cli.split_string, "DATA,...", "Only what needs these."),
+    ("to_outputs", "--to-outputs", kedro_cli.split_string, "DATA,...", "Only what these need."),
+    ("namespaces", "-ns --namespaces --namespace", kedro_cli.split_node_names,
+     "NAME,...", "Only nodes in these namespaces."),
+    ("load_versions", "-lv --load-versions", kedro_cli._split_load_versions,
+     "DATA:VERSION,...", "Instead of the newest."),
+    ("conf_source", "--conf-source", None, "PATH", "Configuration in another place than conf."),
+)  # fmt: skip
 
 
 def _kedro_run_options(command: Any) -> Any:
     """Add the options of `kedro run` that become flow parameters."""
-    for name, spelling, parse, about in reversed(_KEDRO_RUN_OPTIONS):
-        metavar, meaning = about.split("  ")
-        options = {"metavar": metavar, "callback": parse, "help": meaning}
-        command = click.option(name, *spelling.split(), default="", show_default=False, **options)(
-            command
-        )
+    for name, spelling, parse, form, about in reversed(_KEDRO_RUN_OPTIONS):
+        options: dict[str, Any] = {"callback": parse, "metavar": form, "help": about}
+        names = (name, *spelling.split())
+        command = click.option(*names, default="", show_default=False, **options)(command)
     return command
 
 
@@ -1197,13 +1170,6 @@ def _kedro_run_options(command: Any) -> Any:
 )
 @_kedro_run_options
 @click.option("--only-missing-outputs", is_flag=True, help="Only nodes whose outputs are missing.")
-@click.option(
-    "--conf-source",
-    default="",
-    show_default=False,
-    metavar="PATH",
-    help="Configuration, instead of conf.",
-)
 @click.option("--deployment_name", default="example", help="Deployment to create or update.")
 @click.option("--work_pool_name", default="default", help="Work pool that runs are sent to.")
 @click.option("--work_queue_name", default="default", help="Queue in the work pool.")

@@ -298,7 +298,6 @@ def test_serve_on_prefect_2() -> None:
         (["--logging_level", "LOUD"], "LOUD"),
         (["--nosuch"], "--nosuch"),
         (["--params", "factor"], "factor"),
-        (["--load-versions", "report"], "report"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
@@ -361,8 +360,8 @@ def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
     plan = done.stdout[done.stdout.index("Pipeline '__default__'") :].splitlines()
     assert plan[:5] == [
         "Pipeline '__default__' of tiny, environment 'base': 1 nodes in 1 layers",
-        "  runtime_params: {'factor': 5, 'a': {'b': 2}}",
         "  tags: ['heavy']",
+        "  runtime_params: {'factor': 5, 'a': {'b': 2}}",
         "Layer 1",
         "  scale: numbers, params:factor, params:pause -> scaled  {'retries': 2}",
     ]

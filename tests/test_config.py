@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,11 +225,21 @@ deployment:
 """
 
 
+@pytest.fixture(autouse=True)
+def forget_the_deployment(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test finds what another registered."""
+    yield
+    if "registered" in request.fixturenames:
+        server = request.getfixturevalue("server")
+        found = server.request("GET", "/deployments/name/tiny/configured")
+        server.request("DELETE", f"/deployments/{found['id']}")
+
+
 @pytest.fixture
 def registered(project: Path, server: Server, pool: str) -> Any:
     def registered(*arguments: str) -> dict[str, Any]:
         pools = ("--work_pool_name", pool, "--work_queue_name", QUEUE)
-        done = register(project, server, *pools, *arguments)
+        done = register(project, server, *pools, "--deployment_name", "configured", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         deployment_id = re.search(r"with id (\S+)", done.stdout)[1]
         return server.request("GET", f"/deployments/{deployment_id}")
@@ -321,7 +332,7 @@ def test_the_project_may_lie_elsewhere_on_the_worker(
     image = copy_in(write_tiny_project(tmp_path / "image"))
     write(project / "conf", f"deployment: {{path: {image}}}\n")
     registered()
-    flow_run = server.finished(server.trigger("tiny/example", cwd=project))
+    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((image / "data/total.json").read_text()) == 30
     assert not (project / "data/total.json").exists()
@@ -346,13 +357,13 @@ def test_the_project_may_come_from_git(
     git("commit", "--quiet", "--all", "--message", "newer")
     write(project / "conf", f"deployment: {{source: 'git+file://{project}@v1'}}\n")
     registered()
-    flow_run = server.finished(server.trigger("tiny/example", cwd=project))
+    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((outputs / "total.json").read_text()) == 30, "of the tag, not of the newest"
 
     # And no longer, where the file no longer says so.
     (project / "conf/base/prefect.yml").unlink()
     registered()
-    flow_run = server.finished(server.trigger("tiny/example", cwd=project))
+    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((outputs / "total.json").read_text()) == 612

@@ -141,9 +141,11 @@ def test_catalog_config_loader_and_session_may_be_classes_of_the_project(
     tmp_path: Path, server: Server
 ) -> None:
     project = copy_in(write_custom_project(tmp_path / "project"))
-    [pair] = compare(project, server, [[]])
+    pair, with_params = compare(project, server, [[], ["--params", "factor=6"]])
     assert pair["prefect"] == pair["kedro"]
+    assert with_params["prefect"] == with_params["kedro"]
     # 1000 comes from the catalog's class, and the factor of 4 from that of the config loader.
     # Kedro 0.18 hands nodes a copy of the catalog that is not of this class.
     total = json.loads(pair["prefect"]["files"]["data/total.json"])
     assert total == (2 + 4) * (1 + 2 + 3 + (1000 if KEDRO >= (0, 19) else 0))
+    assert with_params["prefect"]["files"]["data/total.json"] != str(total)
