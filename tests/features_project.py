@@ -348,6 +348,11 @@ except ImportError:
 
 
 class CatalogClass(Parent):
+    @classmethod
+    def from_config(cls, catalog, *args, **kwargs):
+        numbers = {"type": "json.JSONDataset", "filepath": "data/numbers.json"}
+        return super().from_config({**catalog, "numbers": numbers}, *args, **kwargs)
+
     def load(self, name, *args, **kwargs):
         data = super().load(name, *args, **kwargs)
         return [*data, 1000] if name == "numbers" else data
@@ -394,5 +399,7 @@ def write_custom_project(path: Path) -> Path:
     write_tiny_project(path)
     (path / "src/tiny/settings.py").write_text(CUSTOM_SETTINGS)
     (path / "src/tiny/custom.py").write_text(CUSTOM)
+    catalog = path / "conf/base/catalog.yml"
+    catalog.write_text(catalog.read_text().replace("numbers:", "digits:"))
     (path / "conf/base/prefect.yml").write_text(json.dumps({"task_runner": {"max_workers": 1}}))
     return path

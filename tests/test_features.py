@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEDRO_1, Server, copy_in, run
+from conftest import KEDRO_1, Server, copy_in, register, run
 from features_project import KEDRO, write_custom_project, write_features_project
 
 TESTS = Path(__file__).parent
@@ -141,6 +141,8 @@ def test_catalog_config_loader_and_session_may_be_classes_of_the_project(
     tmp_path: Path, server: Server
 ) -> None:
     project = copy_in(write_custom_project(tmp_path / "project"))
+    checked = register(project, None, "--dry_run", "--run")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
     pair, with_params = compare(project, server, [[], ["--params", "factor=6"]])
     assert pair["prefect"] == pair["kedro"]
     assert with_params["prefect"] == with_params["kedro"]
