@@ -508,6 +508,10 @@ def _read_source(settings: dict[str, Any]) -> tuple[str, str | None] | None:
             f"prefect.yml: deployment.source is '{settings['source']}', and not git+URL@ref, as in"
             " git+https://example.org/forecast.git@v1.4 (a branch or tag)."
         )
+    if "path" in settings:
+        raise click.ClickException(
+            "prefect.yml: deployment has path and source, and the project lies in one place only."
+        )
     return found[1], found[2]
 
 
@@ -1037,22 +1041,16 @@ def _is_scheduled(schedule: Any, existing: Any) -> bool:
 
 
 def _deployment_options(plan: _Plan, existing: Any) -> dict[str, Any]:
-    """Turn section deployment of prefect.yml into what Prefect's deployments take."""
+    """Turn the plan, and section deployment of prefect.yml, into what Prefect's deployments take."""
     settings = plan.config["deployment"]
-    names = ("tags", "concurrency_limit", "paused")
-    options: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+    options: dict[str, Any] = {"parameters": plan.given, "choices": plan.choices}
+    names = settings.keys() & {"tags", "concurrency_limit", "paused"}
+    options |= {name: settings[name] for name in names}
     options["description"] = settings.get("description") or _describe(plan)
     schedule = _read_schedule(settings)
     if schedule and not (existing and _is_scheduled(schedule, existing)):
         options["schedule"] = schedule
     return options
-
-
-def _job_variables(settings: dict[str, Any], logging_level: str, given: bool) -> dict[str, Any]:
-    """Add the logging level to the job variables; the command line wins over prefect.yml."""
-    level = {"PREFECT_LOGGING_LEVEL": logging_level}
-    env = settings.get("env", {})
-    return {**settings, "env": {**env, **level} if given else {**level, **env}}
 
 
 def _print_next_steps(deployment_id: Any, full_name: str, pool: Any, queue_name: str) -> None:
@@ -1107,6 +1105,18 @@ async def _await_recording(flow_run_id: Any, expected: int, patience: float = 10
             await asyncio.sleep(0.2)
 
 
+def _is_given(context: click.Context, option: str) -> bool:
+    return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+
+
+def _job_variables(
+    context: click.Context, logging_level: str, variables: dict[str, Any]
+) -> dict[str, Any]:
+    """Add the logging level to the job variables; the command line wins over prefect.yml."""
+    level, env = {"PREFECT_LOGGING_LEVEL": logging_level}, variables.get("env", {})
+    return {**variables, "env": env | level if _is_given(context, "logging_level") else level | env}
+
+
 def _check_usage(context: click.Context, deployment_name: str, run: bool, serve: bool) -> None:
     """Refuse what Prefect would refuse, and options that would do nothing."""
     if not deployment_name or re.search(r"[/%&<>]", deployment_name):
@@ -1122,8 +1132,7 @@ def _check_usage(context: click.Context, deployment_name: str, run: bool, serve:
             " --work_pool_name, and start a worker or an agent."
         )
     for option in ("work_pool_name", "work_queue_name", "work_pool_type", "logging_level"):
-        given = context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
-        if given and (run or serve):
+        if (run or serve) and _is_given(context, option):
             raise click.UsageError(
                 f"--{option} is for work pools: leave it out with --{'run' if run else 'serve'}."
                 + (" Set PREFECT_LOGGING_LEVEL instead." if option == "logging_level" else "")
@@ -1216,8 +1225,6 @@ def prefect_deploy(
         "flow": my_flow,
         "name": deployment_name,
         "version": version,
-        "parameters": plan.given,
-        "choices": plan.choices,
         **_deployment_options(plan, existing),
     }
     if serve:
@@ -1225,11 +1232,10 @@ def prefect_deploy(
     pool = _call_api(_find_work_pool(work_pool_name, work_queue_name, work_pool_type, dry_run))
     if dry_run:
         return None
-    given = context.get_parameter_source("logging_level") is click.core.ParameterSource.COMMANDLINE
     options |= {
         "work_pool_name": work_pool_name,
         "work_queue_name": work_queue_name,
-        "job_variables": _job_variables(settings.get("job_variables", {}), logging_level, given),
+        "job_variables": _job_variables(context, logging_level, settings.get("job_variables", {})),
     }
     path = settings.get("path", str(PROJECT_PATH))
     deployment_id = _register(existing, path, _read_source(settings), options)

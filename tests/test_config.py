@@ -96,6 +96,7 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
         ("deployment: {cron: every day}", "deployment.cron in prefect.yml failed"),
         ("deployment: {rrule: nonsense}", "deployment.rrule in prefect.yml failed"),
         ("deployment: {source: 'https://a.b/c'}", "'https://a.b/c', and not git+URL@ref"),
+        ("deployment: {source: 'git+https://a.b/c', path: /d}", "has path and source"),
         ("task_runner: {type: dask}", "task_runner.type is 'dask', not 'threads'"),
         (
             "task_runner: {max_worker: 3}",

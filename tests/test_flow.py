@@ -4,9 +4,7 @@ import json
 import pickle
 from pathlib import Path
 
-import kedro
-import pytest
-from conftest import Server, kedro_run, register, written_files
+from conftest import Server, register
 
 
 def test_the_environment_is_base_unless_another_is_asked_for(project: Path, server: Server) -> None:
@@ -46,34 +44,9 @@ def test_the_project_is_loaded_once(project: Path, server: Server) -> None:
     assert (project / "loaded.txt").read_text() == "once "
 
 
-@pytest.mark.skipif(kedro.__version__ == "0.18.10", reason="patterns came with Kedro 0.18.12")
-def test_catalog_patterns_apply(project: Path, server: Server) -> None:
-    with (project / "conf/base/catalog.yml").open("a") as catalog:
-        pattern = "{name}led"  # doubled and scaled, which would stay in memory
-        catalog.write(f"\n'{pattern}':\n  type: json.JSONDataset\n  filepath: data/{{name}}.json\n")
-    assert register(project, server, "--run").returncode == 0
-    assert json.loads((project / "data/doub.json").read_text()) == [2, 4, 6]
-    assert json.loads((project / "data/sca.json").read_text()) == [3, 6, 9]
-
-
 def test_a_failing_run_has_exit_code_1_and_says_why(project: Path, server: Server) -> None:
     done = register(project, server, "--run", "--pipeline", "broken")
     assert done.returncode == 1
     assert "Error: The flow run ended as Failed." in done.stderr
     assert "no number left" in done.stderr
     assert json.loads((project / "data/side.json").read_text()) == 3
-
-
-def test_generator_nodes_and_async_saving_are_kedros(project: Path, server: Server) -> None:
-    nodes = project / "src/tiny/nodes.py"
-    text = nodes.read_text().replace(
-        "def report(total):\n    return", "def report(total):\n    yield"
-    )
-    nodes.write_text(text)
-    catalog = project / "conf/base/catalog.yml"
-    catalog.write_text(catalog.read_text().replace("  versioned: true\n", ""))
-    assert kedro_run(project).returncode == 0
-    expected = written_files(project)
-    (project / "data/report.pickle").unlink()
-    assert register(project, server, "--run").returncode == 0
-    assert written_files(project) == expected
