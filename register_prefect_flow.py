@@ -1041,7 +1041,7 @@ def _is_scheduled(schedule: Any, existing: Any) -> bool:
 
 
 def _deployment_options(plan: _Plan, existing: Any) -> dict[str, Any]:
-    """Turn the plan, and section deployment of prefect.yml, into what Prefect's deployments take."""
+    """Turn the plan and its prefect.yml into options of a deployment."""
     settings = plan.config["deployment"]
     options: dict[str, Any] = {"parameters": plan.given, "choices": plan.choices}
     names = settings.keys() & {"tags", "concurrency_limit", "paused"}
