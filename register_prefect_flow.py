@@ -17,6 +17,7 @@ import asyncio
 import contextvars
 import difflib
 import heapq
+import html
 import importlib.metadata
 import inspect
 import logging
@@ -675,7 +676,7 @@ def _describe(plan: _Plan) -> str:
         for node, all_needed in pipeline.node_dependencies.items()
         for needed in sorted(all_needed)
     ]
-    graph = [*(f'{ids[node]}["{node.name}"]' for node in ids), *edges]
+    graph = [*(f'{ids[node]}["{html.escape(node.name)}"]' for node in ids), *edges]
     return "\n".join(
         [
             f"Kedro project **{plan.metadata.project_name}**, registered with\n",

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,43 @@ def copy_in(project: Path) -> Path:
     return project
 
 
+class Forks:
+    """A process whose forks run scripts."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        replies, write = os.pipe()
+        self.replies = os.fdopen(replies)
+        self.process = subprocess.Popen(  # which ends with this process, when its input does
+            [sys.executable, str(Path(__file__).parent / "forking.py"), str(write)],
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[write],
+            text=True,
+        )
+        os.close(write)
+
+    def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (Path(folder) / name for name in ("out", "err"))
+            job = {"script": str(script), "arguments": arguments, "cwd": str(script.parent)}
+            print(json.dumps({**job, "out": str(out), "err": str(err)}), file=self.process.stdin)
+            self.process.stdin.flush()
+            code = int(self.replies.readline())
+            return subprocess.CompletedProcess(
+                [script, *arguments], code, out.read_text(), err.read_text()
+            )
+
+
+forks = lru_cache(lambda url: Forks({"PREFECT_API_URL": url} if url else {}))
+
+
 def register(project: Path, server: Server | None, *arguments: str, **options: Any) -> Any:
-    """Run the script in a process of its own, as a user does."""
-    env = {**(server.env if server else {}), **options.pop("env", {})}
+    """Run the script in a process of its own."""
     script = project / "register_prefect_flow.py"
+    if not options:
+        return forks(server and server.url).run(script, *arguments)
+    env = {**(server.env if server else {}), **options.pop("env", {})}
     return run(sys.executable, script, *arguments, cwd=options.pop("cwd", project), env=env)
 
 

@@ -237,9 +237,8 @@ def test_missing_pool_and_queue_are_created_on_request(
     assert dry.returncode == 0, dry.stdout + dry.stderr
     assert f"Would create work pool '{name}' ({POOL_TYPE})" in dry.stdout
     assert name not in [pool["name"] for pool in server.post("/work_pools/filter", {})]
-    for _ in range(2):
-        done = register(project, server, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = register(project, server, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
     kind = "agent" if POOL_TYPE == "prefect-agent" else "worker"
     assert f"prefect {kind} start --pool '{name}' --work-queue nightly" in done.stdout
     quoted = name.replace(" ", "%20")
@@ -465,7 +464,7 @@ def test_serve_runs_what_is_asked_for_until_ctrl_c(project: Path, server: Server
         assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
         assert (project / "data/total.json").exists()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=90) == 0
     except (AssertionError, subprocess.TimeoutExpired):
         print((server.folder / "serve.log").read_text())
         raise

@@ -13,7 +13,7 @@ import kedro
 import pytest
 from conftest import PREFECT_3, QUEUE, Server, copy_in, eventually, register
 from kedro.framework.project import settings
-from kedro.pipeline import node
+from kedro.pipeline import node, pipeline
 from tiny_project import write_tiny_project
 
 import register_prefect_flow
@@ -309,6 +309,26 @@ def whole_schedules(deployment: dict[str, Any]) -> Any:
     return deployment["schedule"]
 
 
+def plan_of(*nodes: Any) -> Any:
+    parameters = {"pipeline_name": "__default__", "env": "base"}
+    metadata = SimpleNamespace(project_name="Any")
+    return register_prefect_flow._Plan(metadata, parameters, pipeline([*nodes]), {}, {}, {})
+
+
+def test_names_are_no_markup_in_the_graph() -> None:
+    described = register_prefect_flow._describe(plan_of(node(lambda a: a, "a", "b")))
+    [label] = re.findall(r'^n0\["(.*)"\]$', described, re.MULTILINE)
+    assert not set(label) & set('<>"')
+
+
+def test_a_graph_too_large_to_be_drawn_is_left_out() -> None:
+    chain = [node(len, f"d{i}", f"d{i + 1}", name=f"n{i}") for i in range(502)]
+    assert "```mermaid" in register_prefect_flow._describe(plan_of(*chain[:501]))
+    described = register_prefect_flow._describe(plan_of(*chain))
+    assert "```mermaid" not in described
+    assert "| 502 | `n501` | `d501` | `d502` |" in described
+
+
 @pytest.mark.skipif(not PREFECT_3, reason="deployments of Prefect 2 have no limit")
 def test_a_deployment_may_limit_its_runs(project: Path, registered: Any) -> None:
     write(project / "conf", "deployment: {concurrency_limit: 1, rrule: FREQ=DAILY}\n")
@@ -327,19 +347,7 @@ def test_a_limit_is_refused_on_prefect_2(project: Path, server: Server, pool: st
     assert "deployment.concurrency_limit needs Prefect 3" in done.stderr
 
 
-def test_the_project_may_lie_elsewhere_on_the_worker(
-    tmp_path: Path, project: Path, server: Server, registered: Any
-) -> None:
-    image = copy_in(write_tiny_project(tmp_path / "image"))
-    write(project / "conf", f"deployment: {{path: {image}}}\n")
-    registered()
-    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
-    assert json.loads((image / "data/total.json").read_text()) == 30
-    assert not (project / "data/total.json").exists()
-
-
-def test_the_project_may_come_from_git(
+def test_the_project_may_come_from_git_or_lie_elsewhere_on_the_worker(
     tmp_path: Path, project: Path, server: Server, registered: Any
 ) -> None:
     outputs = tmp_path / "outputs"
@@ -362,9 +370,10 @@ def test_the_project_may_come_from_git(
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((outputs / "total.json").read_text()) == 30, "of the tag, not of the newest"
 
-    # And no longer, where the file no longer says so.
-    (project / "conf/base/prefect.yml").unlink()
+    image = copy_in(write_tiny_project(tmp_path / "image"))
+    write(project / "conf", f"deployment: {{path: {image}}}\n")
     registered()
     flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
-    assert json.loads((outputs / "total.json").read_text()) == 612
+    assert json.loads((image / "data/total.json").read_text()) == 30
+    assert not (project / "data/total.json").exists()

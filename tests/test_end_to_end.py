@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import (
@@ -131,30 +130,23 @@ def test_a_failing_pipeline_fails_as_kedro_run_fails(
 
 
 def test_each_run_may_have_parameters_of_its_own(server: Server, pool: str, project: Path) -> None:
+    refused = register(project, server, "--run", "--pipeline", "brokn")
+    message = refused.stderr[refused.stderr.index("Error: ") + len("Error: ") :].strip()
+    assert message.startswith("There is no pipeline 'brokn'. Did you mean broken?")
     deployment = register_and_forget(project, server, pool, "--params", "factor=5")
-    registry = project / "src/tiny/pipeline_registry.py"
+
     # A pipeline that the form of the deployment does not know.
-    registry.write_text(registry.read_text().replace("return {", 'return {"later": sums, '))
-    parameters: dict[str, Any] = {"pipeline_name": "later", "to_nodes": ["add"]}
+    registry = project / "src/tiny/pipeline_registry.py"
+    registry_text = registry.read_text()
+    registry.write_text(registry_text.replace("return {", 'return {"later": sums, '))
+    parameters = {"pipeline_name": "later", "env": "local", "to_nodes": ["add"]}
     flow_run = server.finished(server.trigger(deployment, project, **parameters))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
     assert json.loads((project / "data/total.json").read_text()) == 12 + 5 * 6
     assert not (project / "data/report.pickle").exists()
 
-    parameters = {"env": "local", "runtime_params": {"pause": 0}}
-    flow_run = server.finished(server.trigger(deployment, project, **parameters))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
-    assert json.loads((project / "data/total.json").read_text()) == 12 + 100 * 6
-    assert (project / "data/report.pickle").exists()
-
-
-def test_a_wrong_parameter_fails_the_run_at_once_with_the_message_of_registration(
-    server: Server, pool: str, project: Path
-) -> None:
-    deployment = register_and_forget(project, server, pool)
-    refused = register(project, server, "--run", "--pipeline", "brokn")
-    message = refused.stderr[refused.stderr.index("Error: ") + len("Error: ") :].strip()
-    assert message.startswith("There is no pipeline 'brokn'. Did you mean broken?")
+    # A wrong one ends the run before any node, with the message of registration.
+    registry.write_text(registry_text)
     flow_run = server.finished(server.trigger(deployment, project, pipeline_name="brokn"))
     assert flow_run["state_type"] == "FAILED"
     assert message in flow_run["state"]["message"]
