@@ -115,6 +115,13 @@ def test_a_flow_run_does_what_kedro_run_does(runs: dict[str, Any], feature: str)
         assert written == expected if file.endswith(".txt") else json.loads(written) == expected
 
 
+@pytest.mark.parametrize("pipeline", ["hooks", "transcoding", "spaces", "credentials"])
+def test_what_runs_is_not_refused(tmp_path: Path, pipeline: str) -> None:
+    project = copy_in(write_features_project(tmp_path / "project"))
+    checked = register(project, None, "--run", "--dry_run", "--pipeline", pipeline)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_errors_are_those_of_kedro(runs: dict[str, Any]) -> None:
     assert runs["failure"]["prefect"]["error"] == "ZeroDivisionError: no number left"
     error = runs["unknown node"]["prefect"]["error"]

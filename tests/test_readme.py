@@ -1,11 +1,13 @@
 """What the README says is so."""
 
 import re
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 from conftest import SCRIPT
+from test_config import load, write
 
 import register_prefect_flow
 
@@ -66,6 +68,15 @@ def test_the_lanes_are_those_that_are_tested() -> None:
         pins = (ROOT / f"tests/constraints/{lane}.txt").read_text().splitlines()
         assert f"kedro=={kedro}" in pins
         assert f"prefect=={prefect}" in pins
+
+
+def test_the_settings_shown_are_taken(tmp_path: Path) -> None:
+    shown = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(shown) == 3
+    for text in shown:
+        if not register_prefect_flow._PREFECT_3:
+            text = re.sub(r"\n *concurrency_limit: .*", "", text)  # noqa: PLW2901
+        assert load(write(tmp_path, text))["deployment"]
 
 
 def test_the_errors_under_troubleshooting_are_the_scripts() -> None:
