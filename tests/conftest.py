@@ -34,6 +34,9 @@ os.environ.update(
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "KEDRO_ENV", "KEDRO_LOGGING_CONFIG"):
     os.environ.pop(_name, None)
 
+# What a shell starts in the background ignores Ctrl-C, and so would what is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import kedro  # noqa: E402
 import kedro.io  # noqa: E402
 import prefect  # noqa: E402

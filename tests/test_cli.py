@@ -464,7 +464,7 @@ def test_serve_runs_what_is_asked_for_until_ctrl_c(project: Path, server: Server
         assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
         assert (project / "data/total.json").exists()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=90) == 0
+        assert process.wait(timeout=30) == 0
     except (AssertionError, subprocess.TimeoutExpired):
         print((server.folder / "serve.log").read_text())
         raise
