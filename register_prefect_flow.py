@@ -121,10 +121,16 @@ def _filter_pipeline(pipeline: Pipeline, parameters: dict[str, Any]) -> Pipeline
     return pipeline.filter(**filters)
 
 
-def _request_pipeline(name: str | None) -> None:
-    """Tell Kedro 1.5 and newer to load this pipeline only; None: all."""
+def _pipeline_names(parameters: dict[str, Any]) -> list[str]:
+    """Name the pipeline as `kedro run` does: not at all, if it is the default one."""
+    name = parameters["pipeline_name"]
+    return [] if name == "__default__" else [name]
+
+
+def _request_pipelines(names: list[str]) -> None:
+    """Tell Kedro 1.5 and newer to load these pipelines only; none: all."""
     if hasattr(pipelines, "set_requested"):
-        pipelines.set_requested([name] if name and name != "__default__" else None)
+        pipelines.set_requested(names or None)
 
 
 def _create_session(parameters: dict[str, Any]) -> Any:
@@ -149,8 +155,8 @@ def _call_with_params(method: Any, parameters: dict[str, Any]) -> Any:
 
 def _load_catalog(session: Any, parameters: dict[str, Any]) -> Any:
     context = _call_with_params(session.load_context, parameters)
-    if parameters["pipeline_name"] != "__default__":  # whose parameters Kedro 1.7 checks
-        context._pipelines_to_validate = [parameters["pipeline_name"]]
+    if names := _pipeline_names(parameters):  # whose parameters Kedro 1.7 checks
+        context._pipelines_to_validate = names
     options = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
     return context._get_catalog(load_versions=parameters["load_versions"], **options)
 
@@ -158,7 +164,7 @@ def _load_catalog(session: Any, parameters: dict[str, Any]) -> Any:
 def _run_session(session: Any, runner: SequentialRunner, parameters: dict[str, Any]) -> None:
     """Pass on what `kedro run` passes on, for hooks get to see it."""
     accepted = inspect.signature(session.run).parameters
-    names = [] if parameters["pipeline_name"] == "__default__" else [parameters["pipeline_name"]]
+    names = _pipeline_names(parameters)
     given = parameters | {
         "tags": tuple(parameters["tags"]),
         "node_names": tuple(parameters["node_names"]),
@@ -184,6 +190,11 @@ def _call_api(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
 
 
+def _schedules(deployment: Any) -> list[Any]:
+    """Return the schedules of a deployment on the server, which was one before Prefect 2.16."""
+    return deployment.schedules if hasattr(deployment, "schedules") else [deployment]
+
+
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.flows import serve
@@ -194,6 +205,7 @@ if _PREFECT_3:
     _SUGGESTED_POOL_TYPE = "process"
     _AGENT_POOL_TYPES: tuple[str, ...] = ()
     _CAN_SERVE = True
+    _CAN_LIMIT_RUNS = True
     # The embedded server makes its database at its first start: 12 s on a fast machine. Prefect
     # waits 20 s (3.0: 10 s).
     _RUN_SETTINGS: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 60}
@@ -256,6 +268,7 @@ else:
     _SUGGESTED_POOL_TYPE = "prefect-agent" if _is_agent_time else "process"
     _AGENT_POOL_TYPES = ("prefect-agent",)
     _CAN_SERVE = False
+    _CAN_LIMIT_RUNS = False
     _RUN_SETTINGS = {}
 
     @contextmanager
@@ -409,7 +422,7 @@ def _load_pipeline(parameters: dict[str, Any]) -> Pipeline:
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
         pipeline = pipelines.get(name)
         if pipeline is None:
-            _request_pipeline(None)
+            _request_pipelines([])
             registered = list(pipelines)
     if pipeline is None:
         raise click.ClickException(
@@ -424,11 +437,15 @@ def _load_pipeline(parameters: dict[str, Any]) -> Pipeline:
         raise click.ClickException(f"Filtering pipeline '{name}': {error}{hints}") from error
 
 
+def _dataset_names(pipeline: Pipeline) -> set[str]:
+    return set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
+
+
 def _explain_filters(pipeline: Pipeline, parameters: dict[str, Any]) -> Iterator[str]:
     """Find the values of filters that are not in the pipeline, and what they may have meant."""
     nodes = pipeline.nodes
     names = {node.name for node in nodes}
-    datasets = set(chain.from_iterable([*node.inputs, *node.outputs] for node in nodes))
+    datasets = _dataset_names(pipeline)
     tags = set(chain.from_iterable(node.tags for node in nodes))
     namespaces = set(chain.from_iterable(map(_namespaces, nodes)))
     known = [tags, names, names, names, datasets, datasets, namespaces]
@@ -455,10 +472,9 @@ def _load_datasets(
 ) -> dict[str, Any | None]:
     """Make every dataset of the pipeline, as a run would; None stands for memory."""
     env = parameters["env"]
-    names = set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
     with _project_errors(f"Loading the catalog and parameters of environment '{env}'"):
         catalog = _load_catalog(session, parameters)
-        datasets = {name: _get_dataset(catalog, name) for name in sorted(names)}
+        datasets = {name: _get_dataset(catalog, name) for name in sorted(_dataset_names(pipeline))}
     missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
     if missing:
         raise click.ClickException(
@@ -530,7 +546,7 @@ def _load_config(session: Any, parameters: dict[str, Any]) -> dict[str, dict[str
     _check_settings("deployment.", config["deployment"], _DEPLOYMENT_SETTINGS)
     _read_schedule(config["deployment"])
     _read_source(config["deployment"])
-    if "concurrency_limit" in config["deployment"] and not _PREFECT_3:
+    if "concurrency_limit" in config["deployment"] and not _CAN_LIMIT_RUNS:
         raise click.ClickException(
             "prefect.yml: deployment.concurrency_limit needs Prefect 3, and this is Prefect"
             f" {prefect.__version__}: leave it out, or limit the work queue."
@@ -861,7 +877,7 @@ def kedro_init(parameters: dict[str, Any]) -> Any:
     logger = get_run_logger()
     logger.info("Bootstrapping project")
     metadata = _bootstrap(PROJECT_PATH)
-    _request_pipeline(parameters["pipeline_name"])
+    _request_pipelines(_pipeline_names(parameters))
     _check_parameters(parameters)
     session = _create_session(parameters)
     config = _load_config(session, parameters)
@@ -1030,7 +1046,6 @@ async def _find_deployment(full_name: str) -> Any | None:
 
 def _is_scheduled(schedule: Any, existing: Any) -> bool:
     """Tell whether a deployment has just this schedule: it then keeps its start and its pause."""
-    schedules = existing.schedules if hasattr(existing, "schedules") else [existing]
 
     def timing(schedule: Any) -> list[str]:
         times = [getattr(schedule, name, None) for name in ("cron", "interval", "rrule")]
@@ -1038,7 +1053,7 @@ def _is_scheduled(schedule: Any, existing: Any) -> bool:
         # The server adds the start that a rule without one has.
         return [str(time).removeprefix("DTSTART:20200101T000000\n") for time in (*times, zone)]
 
-    return [timing(found.schedule) for found in schedules] == [timing(schedule)]
+    return [timing(found.schedule) for found in _schedules(existing)] == [timing(schedule)]
 
 
 def _deployment_options(plan: _Plan, existing: Any) -> dict[str, Any]:

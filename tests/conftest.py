@@ -293,6 +293,13 @@ def register(project: Path, server: Server | None, *arguments: str, **options: A
     return run(sys.executable, script, *arguments, cwd=options.pop("cwd", project), env=env)
 
 
+def schedules_of(deployment: dict[str, Any]) -> list[Any]:
+    """The schedules of a deployment, and whether each is active."""
+    if "schedules" in deployment:
+        return [(found["schedule"], found["active"]) for found in deployment["schedules"]]
+    return [(deployment["schedule"], deployment["is_schedule_active"])]
+
+
 def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The reference: `kedro run` of the same project."""
     return run(sys.executable, "-m", "kedro", "run", "--env", "base", *arguments, cwd=project)

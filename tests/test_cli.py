@@ -23,6 +23,7 @@ from conftest import (
     Server,
     eventually,
     register,
+    schedules_of,
     stop,
 )
 
@@ -408,13 +409,6 @@ def test_what_is_printed_after_registering_works(
     assert f"see it:         {ui}\n" in done.stdout
     command = re.search(r"start a run:\s+prefect (.+)", done.stdout)[1]
     assert command == "deployment run 'tiny/every day'"
-
-
-def schedules_of(deployment: dict[str, Any]) -> list[Any]:
-    """The schedules of a deployment, and whether each is active."""
-    if "schedules" in deployment:
-        return [(found["schedule"], found["active"]) for found in deployment["schedules"]]
-    return [(deployment["schedule"], deployment["is_schedule_active"])]
 
 
 def test_registering_again_updates_in_place_and_keeps_what_was_set_in_the_ui(

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import kedro
 import pytest
-from conftest import PREFECT_3, QUEUE, Server, copy_in, eventually, register
+from conftest import PREFECT_3, QUEUE, Server, copy_in, eventually, register, schedules_of
 from kedro.framework.project import settings
 from kedro.pipeline import node, pipeline
 from tiny_project import write_tiny_project
@@ -248,21 +248,20 @@ def registered(project: Path, server: Server, pool: str) -> Any:
     return registered
 
 
-def schedules_of(deployment: dict[str, Any]) -> list[tuple[Any, bool]]:
-    """The schedules of a deployment, and whether each is active."""
-    if "schedules" in deployment:
-        schedules = [(found["schedule"], found["active"]) for found in deployment["schedules"]]
-    else:
-        schedules = [(deployment["schedule"], deployment["is_schedule_active"])]
+def timings_of(deployment: dict[str, Any]) -> list[tuple[Any, bool]]:
+    """What the schedules of a deployment say, and whether each is active."""
     names = ("cron", "interval", "rrule", "timezone")
-    return [({k: s[k] for k in names if s.get(k)}, active) for s, active in schedules]
+    return [
+        ({name: schedule[name] for name in names if schedule.get(name)}, active)
+        for schedule, active in schedules_of(deployment)
+    ]
 
 
 def test_the_deployment_is_as_described(project: Path, server: Server, registered: Any) -> None:
     write(project / "conf", DEPLOYMENT)
     first = registered("--tags", "heavy")
     daily = {"cron": "0 6 * * *", "timezone": "Europe/Berlin"}
-    assert schedules_of(first) == [(daily, True)]
+    assert timings_of(first) == [(daily, True)]
     assert first["tags"] == ["forecasting"]
     assert first["parameters"] == {"pipeline_name": "__default__", "env": "base", "tags": ["heavy"]}
     variables = first.get("job_variables") or first["infra_overrides"]
@@ -282,7 +281,7 @@ def test_the_deployment_is_as_described(project: Path, server: Server, registere
     before = server.request("GET", path)
     again = registered("--logging_level", "WARNING")
     assert again["id"] == first["id"]
-    assert schedules_of(again) == [(daily, False)]
+    assert timings_of(again) == [(daily, False)]
     paused = "paused" if PREFECT_3 else "is_schedule_active"
     assert (before[paused], again[paused]) == (PREFECT_3, PREFECT_3)
     variables = again.get("job_variables") or again["infra_overrides"]
@@ -293,20 +292,14 @@ def test_the_deployment_is_as_described(project: Path, server: Server, registere
     # What the file says wins over what was set in the UI.
     write(project / "conf", "deployment: {interval: 3600, paused: false, description: Mine.}\n")
     changed = registered()
-    [(schedule, active)] = schedules_of(changed)
+    [(schedule, active)] = timings_of(changed)
     assert schedule["interval"] == 3600
     assert active
     assert changed["description"] == "Mine."
     assert changed["tags"] == ["forecasting"], "kept, for the file says nothing of tags"
     assert changed[paused] is not PREFECT_3
     # An interval that counts from its registration must not start anew with each.
-    assert whole_schedules(registered()) == whole_schedules(changed)
-
-
-def whole_schedules(deployment: dict[str, Any]) -> Any:
-    if "schedules" in deployment:
-        return [found["schedule"] for found in deployment["schedules"]]
-    return deployment["schedule"]
+    assert schedules_of(registered()) == schedules_of(changed)
 
 
 def plan_of(*nodes: Any) -> Any:
@@ -335,8 +328,8 @@ def test_a_deployment_may_limit_its_runs(project: Path, registered: Any) -> None
     deployment = registered()
     limit = deployment.get("global_concurrency_limit") or {"limit": deployment["concurrency_limit"]}
     assert limit["limit"] == 1
-    assert schedules_of(deployment)[0][0]["rrule"].endswith("FREQ=DAILY")
-    assert whole_schedules(registered()) == whole_schedules(deployment)
+    assert timings_of(deployment)[0][0]["rrule"].endswith("FREQ=DAILY")
+    assert schedules_of(registered()) == schedules_of(deployment)
 
 
 @pytest.mark.skipif(PREFECT_3, reason="Prefect 3 has the limit")
