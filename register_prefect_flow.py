@@ -33,9 +33,11 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from itertools import chain, groupby
+from logging.config import DictConfigurator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,6 +77,7 @@ from kedro.framework.cli import utils as kedro_cli
 from kedro.framework.project import pipelines, settings
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import ProjectMetadata, _get_project_metadata, bootstrap_project
+from kedro.logging import RichHandler
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
@@ -82,6 +85,7 @@ from prefect import Task, flow, get_client, get_run_logger, task
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.exceptions import ObjectNotFound
+from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 _KEDRO_1 = _version(kedro.__version__) >= (1,)
@@ -197,8 +201,8 @@ def _schedules(deployment: Any) -> list[Any]:
 
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.objects import TaskRunResult
     from prefect.flows import serve
-    from prefect.runner.storage import GitRepository, LocalStorage
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
     from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -212,10 +216,22 @@ if _PREFECT_3:
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
-        """Yield a function that submits a task, given the futures it waits for."""
+        """Yield a function that submits a task, given the ended futures of what it needs."""
         runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
+
+        def submit(task: Any, needed: list[Any]) -> Any:
+            if not needed:
+                return runner.submit(task, parameters={})
+            # For each future to wait for, Prefect fetches a result through another thread, in a
+            # millisecond. One that failed is enough, and edges can be drawn without.
+            failed: list[Any] = [future for future in needed if not future.state.is_completed()]
+            edges: set[Any] = {TaskRunResult(id=future.task_run_id) for future in needed}
+            return runner.submit(
+                task, {}, wait_for=failed[:1] or [None], dependencies={"wait_for": edges}
+            )
+
         with runner:
-            yield lambda task, wait_for: runner.submit(task, parameters={}, wait_for=wait_for)
+            yield submit
 
     def _call_when_done(future: Any, callback: Callable[[], None]) -> None:
         future.add_done_callback(lambda _: callback())
@@ -237,6 +253,8 @@ if _PREFECT_3:
         return deployment
 
     def _register(existing: Any, path: str, source: Any, options: dict[str, Any]) -> Any:
+        from prefect.runner.storage import GitRepository, LocalStorage
+
         deployment = _make_deployment(**options)
         deployment.storage = LocalStorage(path=path)
         if source:
@@ -273,7 +291,7 @@ else:
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
-        """Yield a function that submits a task, given the futures it waits for."""
+        """Yield a function that submits a task, given the ended futures of what it needs."""
         del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
         yield lambda task, wait_for: task.submit(wait_for=wait_for)
 
@@ -341,6 +359,21 @@ def _default_max_workers() -> int:
 @lru_cache  # a second time would load all pipelines again
 def _bootstrap(project_path: Path) -> ProjectMetadata:
     return bootstrap_project(project_path)
+
+
+def _print_plain_lines() -> None:
+    """Print log lines as Prefect does, where Kedro's Rich handler would draw them into a file.
+
+    Drawing takes a millisecond a line: in a worker, longer than all that Prefect does for a task.
+    """
+    logger = logging.getLogger()
+    for index, handler in enumerate(logger.handlers):
+        if isinstance(handler, RichHandler) and not handler.console.is_terminal:
+            config = DictConfigurator(load_logging_config(DEFAULT_LOGGING_SETTINGS_PATH))
+            plain = logging.StreamHandler(handler.console.file)
+            plain.setLevel(handler.level)
+            plain.setFormatter(config.configure_formatter(config.config["formatters"]["standard"]))
+            logger.handlers[index] = plain
 
 
 @contextmanager
@@ -713,20 +746,18 @@ def kedro_task(node: Node, execution_config: dict[str, Any]) -> None:
 
 
 def instantiate_task(
-    node: Node, execution_config: dict[str, Any], options: dict[str, Any] | None = None
+    node: Node, execution_config: dict[str, Any], like: Task[[], None]
 ) -> Task[[], None]:
-    """Make the Prefect task that runs a node, under the node's name, with options of Task."""
+    """Make the Prefect task that runs a node, under the node's name, with another's options."""
 
     def run_node_task() -> None:
         kedro_task(node, execution_config)
 
-    node_task = Task(
-        fn=run_node_task,
-        name=node.name,
-        task_run_name=lambda: node.name,
-        persist_result=False,  # nothing to hash, keep or look up
-        **(options or {}),
-    )
+    # Prefect reads and parses this file for each task that it makes: a copy takes 1/50 of the time.
+    node_task = copy(like)
+    node_task.fn = run_node_task
+    node_task.name = node.name
+    node_task.task_run_name = lambda: node.name
     # Prefect 2 finds the task runs of a retried flow run by this key, which has to be the node's.
     node_task.task_key = f"{__name__}.{node.name}"
     return node_task
@@ -739,13 +770,26 @@ def init_kedro_tasks_by_execution_layer(
     limited_tags: Iterable[str] = (),
 ) -> list[dict[Node, Task[[], None]]]:
     """Make a task for each node, in layers of nodes that need only nodes of earlier layers."""
+    made: dict[str, Task[[], None]] = {}  # one for each set of options
 
     def make(node: Node) -> Task[[], None]:
         options = _task_options(node, task_options or {})
-        tags = {*options.get("tags", ()), *(node.tags & set(limited_tags))}
-        return instantiate_task(node, execution_config, {**options, "tags": tags})
+        options["tags"] = sorted({*options.get("tags", ()), *(node.tags & set(limited_tags))})
+        key = repr(sorted(options.items()))
+        if key not in made:  # without result there is nothing to hash, keep or look up
+            made[key] = Task(fn=lambda: None, persist_result=False, **options)
+        return instantiate_task(node, execution_config, made[key])
 
     return [{node: make(node) for node in layer} for layer in pipeline.grouped_nodes]
+
+
+def _longest_path_first(pipeline: Pipeline) -> list[Node]:
+    """Order nodes by how many have to run after them, one after the other; else as Kedro does."""
+    behind = dict.fromkeys(pipeline.nodes, 0)
+    for node in reversed(pipeline.nodes):
+        for needed in pipeline.node_dependencies[node]:
+            behind[needed] = max(behind[needed], behind[node] + 1)
+    return sorted(behind, key=behind.__getitem__, reverse=True)
 
 
 async def _read_limited_tags() -> set[str]:
@@ -815,57 +859,68 @@ class PrefectRunner(SequentialRunner):
         layers = init_kedro_tasks_by_execution_layer(pipeline, config, self._task_options, tags)
         tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
 
-        done_nodes: list[Node] = []
-        failed: list[Any] = []
         load_counts = Counter(chain.from_iterable(node.inputs for node in pipeline.nodes))
         kept = pipeline.inputs() | pipeline.outputs()
-        for node, future in self._run_tasks(pipeline, tasks):
+
+        def release(node: Node) -> None:
+            """Release what this node was the last to need, as Kedro's own runners do."""
+            load_counts.subtract(node.inputs)
+            for name in {*node.inputs, *node.outputs} - kept:
+                if load_counts[name] < 1:
+                    catalog.release(name)
+
+        done_nodes: list[Node] = []
+        failed: list[Any] = []
+        for node, future in self._run_tasks(pipeline, tasks, release):
             if not _final_state(future).is_completed():
                 failed.append(future)
                 continue
             done_nodes.append(node)
             self._logger.info("Completed node: %s", node.name)
             self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(tasks))
-            # Release what this node was the last to need, as Kedro's own runners do.
-            load_counts.subtract(node.inputs)
-            for name in {*node.inputs, *node.outputs} - kept:
-                if load_counts[name] < 1:
-                    catalog.release(name)
         if failed:
             self._suggest_resume_scenario(pipeline, done_nodes, catalog)
             failed[0].result()  # raises: it ended first, so it is no node that waited for another
             raise RuntimeError(f"A task run ended as {_final_state(failed[0]).name}")
 
     def _run_tasks(
-        self, pipeline: Pipeline, tasks: dict[Node, Task[[], None]]
+        self,
+        pipeline: Pipeline,
+        tasks: dict[Node, Task[[], None]],
+        release: Callable[[Node], None],
     ) -> Iterator[tuple[Node, Any]]:
         """Submit each task when the nodes it needs have ended; yield nodes and futures as they end.
 
         A task behind a failed one is submitted as well: Prefect does not run it, and shows it as
         NotReady.
         """
-        nodes, needed = pipeline.nodes, pipeline.node_dependencies
+        needed = pipeline.node_dependencies
+        nodes = pipeline.nodes if self._max_workers == 1 else _longest_path_first(pipeline)
         position = {node: index for index, node in enumerate(nodes)}
         sorter = TopologicalSorter(needed)
         sorter.prepare()
-        ready: list[int] = []  # a heap of positions: what Kedro would run first goes first
+        ready: list[int] = []  # a heap of positions
         futures: dict[Node, Any] = {}
         ended: queue.SimpleQueue[Node] = queue.SimpleQueue()
-        running = 0
+
+        def submit_ready(running: int) -> None:
+            for node in sorter.get_ready():
+                heapq.heappush(ready, position[node])
+            for _ in range(min(len(ready), self._max_workers - running)):
+                node = nodes[heapq.heappop(ready)]
+                wait_for = [futures[n] for n in sorted(needed[node], key=position.__getitem__)]
+                futures[node] = submit(tasks[node], wait_for)
+                _call_when_done(futures[node], lambda node=node: ended.put(node))  # type: ignore[misc]
+
         with _task_runner(self._max_workers) as submit:
-            while sorter.is_active():
-                for node in sorter.get_ready():
-                    heapq.heappush(ready, position[node])
-                while ready and running < self._max_workers:
-                    node = nodes[heapq.heappop(ready)]
-                    wait_for = [futures[n] for n in sorted(needed[node], key=position.__getitem__)]
-                    futures[node] = submit(tasks[node], wait_for)
-                    _call_when_done(futures[node], lambda node=node: ended.put(node))  # type: ignore[misc]
-                    running += 1
+            submit_ready(running=0)
+            for count in range(1, len(nodes) + 1):
                 node = ended.get()
-                running -= 1
-                yield node, futures[node]
+                if _final_state(futures[node]).is_completed():
+                    release(node)
                 sorter.done(node)
+                submit_ready(running=len(futures) - count)  # before anybody logs something
+                yield node, futures[node]
 
 
 # ---- The flow ----
@@ -877,6 +932,7 @@ def kedro_init(parameters: dict[str, Any]) -> Any:
     logger = get_run_logger()
     logger.info("Bootstrapping project")
     metadata = _bootstrap(PROJECT_PATH)
+    _print_plain_lines()
     _request_pipelines(_pipeline_names(parameters))
     _check_parameters(parameters)
     session = _create_session(parameters)
@@ -962,21 +1018,32 @@ async def _check_health() -> None:
             raise error
 
 
-async def _find_work_pool(pool_name: str, queue_name: str, pool_type: str | None, dry: bool) -> Any:
-    """Return the work pool, after checking or making it and its queue."""
+async def _look_up(full_name: str, pool: tuple[Any, ...] | None) -> tuple[Any | None, Any | None]:
+    """Return the deployment, where there is one, and the work pool, where one is asked for."""
     async with get_client() as client:
         try:
-            pool = await client.read_work_pool(pool_name)
+            existing = await client.read_deployment_by_name(full_name)
         except ObjectNotFound:
-            pool = await _create_work_pool(client, pool_name, pool_type, dry)
-            existing = ["default"]  # each pool is born with this queue
-        else:
-            queues = await client.read_work_queues(work_pool_name=pool_name)
-            existing = [work_queue.name for work_queue in queues]
-        _check_work_pool(pool, pool_type)
-        if queue_name not in existing:
-            await _create_work_queue(client, pool_name, queue_name, existing, pool_type, dry)
-        return pool
+            existing = None
+        return existing, await _find_work_pool(client, *pool) if pool else None
+
+
+async def _find_work_pool(
+    client: Any, pool_name: str, queue_name: str, pool_type: str | None, dry: bool
+) -> Any:
+    """Return the work pool, after checking or making it and its queue."""
+    try:
+        pool = await client.read_work_pool(pool_name)
+    except ObjectNotFound:
+        pool = await _create_work_pool(client, pool_name, pool_type, dry)
+        existing = ["default"]  # each pool is born with this queue
+    else:
+        queues = await client.read_work_queues(work_pool_name=pool_name)
+        existing = [work_queue.name for work_queue in queues]
+    _check_work_pool(pool, pool_type)
+    if queue_name not in existing:
+        await _create_work_queue(client, pool_name, queue_name, existing, pool_type, dry)
+    return pool
 
 
 async def _create_work_pool(client: Any, name: str, pool_type: str | None, dry: bool) -> Any:
@@ -1034,14 +1101,6 @@ async def _create_work_queue(
     click.echo(f"{'Would create' if dry else 'Creating'} work queue '{name}'.")
     if not dry:
         await client.create_work_queue(name=name, work_pool_name=pool_name)
-
-
-async def _find_deployment(full_name: str) -> Any | None:
-    async with get_client() as client:
-        try:
-            return await client.read_deployment_by_name(full_name)
-        except ObjectNotFound:
-            return None
 
 
 def _is_scheduled(schedule: Any, existing: Any) -> bool:
@@ -1236,7 +1295,8 @@ def prefect_deploy(
         return None if dry_run else _run_now(plan)
     _reach_server()
     full_name = f"{plan.metadata.package_name}/{deployment_name}"
-    existing = _call_api(_find_deployment(full_name))
+    pool_options = (work_pool_name, work_queue_name, work_pool_type, dry_run)
+    existing, pool = _call_api(_look_up(full_name, None if serve else pool_options))
     options = {
         "flow": my_flow,
         "name": deployment_name,
@@ -1245,7 +1305,6 @@ def prefect_deploy(
     }
     if serve:
         return None if dry_run else _serve(options)
-    pool = _call_api(_find_work_pool(work_pool_name, work_queue_name, work_pool_type, dry_run))
     if dry_run:
         return None
     options |= {
