@@ -1,10 +1,17 @@
 """The flow against `kedro run`: environments, sessions, versions, exit codes."""
 
+import io
 import json
+import logging
 import pickle
 from pathlib import Path
 
+import pytest
 from conftest import Server, register
+from kedro.logging import RichHandler
+from rich.console import Console
+
+import register_prefect_flow
 
 
 def test_the_environment_is_base_unless_another_is_asked_for(project: Path, server: Server) -> None:
@@ -50,3 +57,26 @@ def test_a_failing_run_has_exit_code_1_and_says_why(project: Path, server: Serve
     assert "Error: The flow run ended as Failed." in done.stderr
     assert "no number left" in done.stderr
     assert json.loads((project / "data/side.json").read_text()) == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_log_lines_are_drawn_in_terminals_only(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    out = io.StringIO()
+    drawing = RichHandler(console=Console(file=out, force_terminal=terminal, width=60))
+    other = logging.NullHandler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [drawing, other])
+    register_prefect_flow._print_plain_lines()
+    handler, still_other = logging.getLogger().handlers
+    assert (handler is drawing) == terminal
+    assert still_other is other
+    name = "a_dataset_with_a_name_that_takes_more_than_one_line_of_a_narrow_terminal"
+    logging.getLogger("kedro.io").warning(
+        "Loading data from %s", name, extra={"rich_format": ["red"]}
+    )
+    lines = out.getvalue().splitlines()
+    if terminal:
+        assert len(lines) > 1
+    else:
+        assert lines[0].endswith(f" | WARNING | kedro.io - Loading data from {name}")

@@ -152,6 +152,44 @@ def test_one_worker_keeps_the_order_of_kedros_sequential_runner(in_process: Serv
     assert order == expected
 
 
+def test_the_longest_path_starts_first(in_process: Server) -> None:
+    order: list[str] = []
+
+    def writer(name: str) -> Callable[..., int]:
+        return lambda *_: order.append(name) or time.sleep(0.5) or 1
+
+    nodes = [
+        node(writer("a"), None, "a_output", name="a"),
+        node(writer("b"), None, "b_output", name="b"),
+        node(writer("y"), None, "y_output", name="y"),
+        node(writer("z"), "y_output", "z_output", name="z"),
+    ]
+    assert run_in_flow(nodes, max_workers=2)[0].is_completed()
+    assert "y" in order[:2]
+
+
+def test_a_task_is_made_once_for_each_set_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class CountedTask(register_prefect_flow.Task):
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(register_prefect_flow, "Task", CountedTask)
+    nodes = [node(same, f"in_{i}", f"out_{i}", name=f"node_{i}") for i in range(5)]
+    options = {"node_1": {"retries": 2}, "node_2": {"retries": 2, "tags": ["gpu"]}}
+    [layer] = register_prefect_flow.init_kedro_tasks_by_execution_layer(
+        pipeline(nodes), {}, options
+    )
+    assert len(made) == 3
+    tasks = sorted(layer.values(), key=lambda task: task.name)
+    assert [task.name for task in tasks] == [f"node_{i}" for i in range(5)]
+    assert [task.retries for task in tasks] == [0, 2, 2, 0, 0]
+    assert [set(task.tags) for task in tasks] == [set(), set(), {"gpu"}, set(), set()]
+    assert len({task.task_key for task in tasks}) == 5
+
+
 def raising(error: Exception) -> Callable[..., Any]:
     def fail(*_: Any) -> None:
         raise error

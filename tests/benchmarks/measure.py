@@ -1,0 +1,235 @@
+"""One series of measurements, in a process of its own: python measure.py '<job as JSON>'.
+
+A job names the project, what to measure (a function below), its options, and the file that gets
+the answer. Times are in seconds, memory in bytes.
+"""
+
+import asyncio
+import gc
+import inspect
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+JOB = json.loads(sys.argv[1])
+PROJECT = Path(JOB["project"])
+os.chdir(PROJECT)
+sys.path.insert(0, str(PROJECT))
+
+import prefect  # noqa: E402
+from dags import SHAPES, WORKERS, best_schedule  # noqa: E402
+from kedro.framework.project import LOGGING  # noqa: E402
+from kedro.framework.session import KedroSession  # noqa: E402
+from prefect import flow, task  # noqa: E402
+
+import register_prefect_flow as script  # noqa: E402
+
+LOGGING.configure(dict(LOGGING))  # as in a worker, where Kedro comes after Prefect
+KEDROS_HANDLERS = logging.getLogger().handlers[:]
+PARAMETERS = {
+    name: p.default for name, p in inspect.signature(script.my_flow.fn).parameters.items()
+}
+script._bootstrap(PROJECT)
+
+from bench.pipeline_registry import times  # noqa: E402  # when each node began and ended
+
+entered = [0.0]  # when the last run began
+Rounds = list[dict[str, float]]
+lags: list[float] = []  # how long after each flow run its task runs were recorded
+
+
+async def count_recorded(flow_run_id: Any) -> int:
+    """Count the task runs of a flow run that the server knows to have ended."""
+    this_run = {"id": {"any_": [str(flow_run_id)]}}
+    async with prefect.get_client() as client:
+        answer = await client._client.post(
+            "/task_runs/count",
+            json={"flow_runs": this_run, "task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}},
+        )
+        return answer.json()
+
+
+def await_recorder(flow_run_id: Any, expected: int, patience: float = 15) -> None:
+    """Wait until the server has recorded the task runs: it would disturb what is measured next.
+
+    Prefect's server loses some of thousands: give up when none comes for `patience` seconds.
+    """
+    ended = changed = time.perf_counter()
+    recorded = 0
+    while recorded < expected and time.perf_counter() - changed < patience:
+        time.sleep(0.5)
+        now = asyncio.run(count_recorded(flow_run_id))
+        if now != recorded:
+            recorded, changed = now, time.perf_counter()
+    lags.append(changed - ended)
+    gc.collect()
+
+
+def began() -> None:
+    times.clear()
+    entered[0] = time.perf_counter()
+
+
+def in_flow(function: Callable[[], Any], tasks: int) -> float:
+    """Time a function in a flow: without what Prefect does before and after, to a whole second."""
+    took: list[float] = []
+
+    @flow
+    def any_flow() -> None:
+        began()
+        function()
+        took.append(time.perf_counter() - entered[0])
+
+    state: Any = any_flow(return_state=True)
+    assert state.is_completed(), state
+    await_recorder(state.state_details.flow_run_id, tasks)
+    return took[0]
+
+
+def count(pipeline: str) -> int:
+    return int(pipeline.split("_")[1])
+
+
+def run_ours(pipeline: str) -> float:
+    """Run my_flow's function."""
+    parameters = {**PARAMETERS, "pipeline_name": pipeline}
+    return in_flow(lambda: script.my_flow.fn(**parameters), count(pipeline) + 1)
+
+
+def run_kedro(pipeline: str, handlers: list[logging.Handler] = KEDROS_HANDLERS) -> float:
+    """Do what `kedro run` does, with the log lines that it prints, or with others."""
+    logger = logging.getLogger()
+    logger.handlers, ours = handlers[:], logger.handlers
+    began()
+    with KedroSession.create(project_path=PROJECT, env="base") as session:
+        name = "pipeline_names" if script._KEDRO_1 else "pipeline_name"
+        session.run(**{name: [pipeline] if script._KEDRO_1 else pipeline})
+    seconds = time.perf_counter() - entered[0]
+    logger.handlers = ours
+    return seconds
+
+
+def run_bare(pipeline: str) -> float:
+    """Run as many tasks that do the same, without Kedro and dependencies."""
+    milliseconds = int(pipeline.split("_")[2])
+
+    @task(persist_result=False)
+    def wait() -> None:
+        start = time.perf_counter()
+        if milliseconds:
+            time.sleep(milliseconds / 1000)
+        times.append((start, time.perf_counter()))
+
+    def run() -> None:
+        with script._task_runner(WORKERS) as submit:
+            for future in [submit(wait, []) for _ in range(count(pipeline))]:
+                script._final_state(future)
+
+    return in_flow(run, count(pipeline))
+
+
+def run_recipe(pipeline: str) -> float:
+    from documented_recipe import run
+
+    return in_flow(lambda: run(PROJECT, pipeline), count(pipeline) + 1)
+
+
+def timed(run: Callable[[str], float], pipeline: str) -> float:
+    """Run, and return the time from the first node's start to the last one's end."""
+    run(pipeline)
+    return max(end for _, end in times) - min(start for start, _ in times)
+
+
+def peak_memory() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def until_first_node() -> float:
+    return min(start for start, _ in times) - entered[0]
+
+
+def overhead(pipeline: str, rounds: int) -> Rounds:
+    """Nodes that do nothing: ours, Kedro alone, and Prefect alone."""
+    run_ours("grid_100_0"), run_kedro("grid_100_0"), run_bare("grid_100_0")
+    return [
+        {
+            "kedro": run_kedro(pipeline),
+            "kedro, plain lines": run_kedro(pipeline, logging.getLogger().handlers),
+            "ours": run_ours(pipeline),
+            "recorded": lags[-1],  # how long after the run's end
+            "bare": run_bare(pipeline),
+        }
+        for _ in range(rounds)
+    ]
+
+
+def growth(pipeline: str) -> dict[str, float]:
+    """Time and memory per node."""
+    run_ours("grid_100_0")
+    before = peak_memory()
+    seconds = run_ours(pipeline)
+    return {
+        "seconds": seconds / count(pipeline),
+        "bytes": (peak_memory() - before) / count(pipeline),
+    }
+
+
+def schedule(pipeline: str, rounds: int, others: list[str]) -> Rounds:
+    """Nodes that wait: the best schedule, ours, and bare tasks or the documented recipe."""
+    shape, number, milliseconds = pipeline.split("_")
+    best = best_schedule(SHAPES[shape](int(number))) * int(milliseconds) / 1000
+    runs = {"ours": run_ours, "bare": run_bare, "recipe": run_recipe}
+    run_ours("grid_100_0")
+    return [
+        {"best": best, **{name: timed(runs[name], pipeline) for name in ["ours", *others]}}
+        for _ in range(rounds)
+    ]
+
+
+def recipe(pipeline: str) -> float:
+    """Nodes that wait, in the documented recipe."""
+    return timed(run_recipe, pipeline)
+
+
+def memory(pipeline: str, how: str) -> float:
+    """The most memory that the process ever had, in bytes."""
+    {"ours": run_ours, "kedro": run_kedro}[how](pipeline)
+    return peak_memory()
+
+
+def start(pipeline: str, rounds: int) -> Rounds:
+    """From entering the flow, or `kedro run`, to entering the first node."""
+
+    def load() -> float:
+        began()
+        with KedroSession.create(project_path=PROJECT, env="base") as session:
+            assert session.load_context().catalog
+        return time.perf_counter() - entered[0]
+
+    def ours() -> float:
+        run_ours(pipeline)
+        return until_first_node()
+
+    def kedro_run() -> float:
+        run_kedro(pipeline)
+        return until_first_node()
+
+    load(), ours(), kedro_run()
+    return [{"load": load(), "ours": ours(), "kedro": kedro_run()} for _ in range(rounds)]
+
+
+def level(pipeline: str) -> float:
+    """A run at the logging level that the environment sets."""
+    run_ours("grid_100_0")
+    return run_ours(pipeline)
+
+
+if __name__ == "__main__":
+    answer = globals()[JOB["measure"]](**JOB["options"])
+    Path(JOB["answer"]).write_text(json.dumps({"found": answer}))
