@@ -171,12 +171,13 @@ def test_the_longest_path_starts_first(in_process: Server) -> None:
 def test_a_task_is_made_once_for_each_set_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
 
-    class CountedTask(register_prefect_flow.Task):
-        def __init__(self, **options: Any) -> None:
-            made.append(options)
-            super().__init__(**options)
+    init = register_prefect_flow.Task.__init__
 
-    monkeypatch.setattr(register_prefect_flow, "Task", CountedTask)
+    def counted(self: Any, **options: Any) -> None:
+        made.append(options)
+        init(self, **options)
+
+    monkeypatch.setattr(register_prefect_flow.Task, "__init__", counted)
     nodes = [node(same, f"in_{i}", f"out_{i}", name=f"node_{i}") for i in range(5)]
     options = {"node_1": {"retries": 2}, "node_2": {"retries": 2, "tags": ["gpu"]}}
     [layer] = register_prefect_flow.init_kedro_tasks_by_execution_layer(
