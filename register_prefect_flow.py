@@ -16,8 +16,11 @@ It takes over from https://docs.kedro.org/en/0.18.10/deployment/prefect.html.
 import asyncio
 import contextvars
 import difflib
+import functools
+import hashlib
 import heapq
 import html
+import importlib
 import importlib.metadata
 import inspect
 import logging
@@ -25,32 +28,39 @@ import os
 import queue
 import re
 import shlex
+import signal
 import sys
 import threading
 import traceback
-import warnings
+import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
-from functools import lru_cache
 from graphlib import TopologicalSorter
-from itertools import chain, groupby
-from logging.config import DictConfigurator
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import click
 import kedro
 import prefect
 
-PROJECT_PATH = Path(__file__).absolute().parent
+__version__ = "1.0.0"
+Options = dict[str, Any]
+THIS_FILE = Path(__file__).absolute()
+PROJECT_PATH = THIS_FILE.parent
 ENTRYPOINT = "register_prefect_flow.py:my_flow"
+FILTERS = (
+    "tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs", "namespaces",
+)  # fmt: skip
 NAMES_SHOWN = 50  # in an error that lists what there is
+TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
 MERMAID_EDGES = 500  # more than that, mermaid draws nothing
-SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer before anything is registered
+SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer
+REGISTER_TIMEOUT = 60  # seconds in which it has to register: its database may be busy
 
 
 # ---- Compatibility: whatever differs between versions has one name and one signature here ----
@@ -60,19 +70,22 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
+_KEDRO, _PREFECT = _version(kedro.__version__), _version(prefect.__version__)
+_KEDRO_1, _PREFECT_3 = _KEDRO >= (1,), _PREFECT >= (3,)
+
 for _name, _found, _floor in (
-    ("Python", sys.version, "3.10"),
+    ("Python", sys.version.split()[0], "3.10"),
     ("Kedro", kedro.__version__, "0.18.10"),
-    ("Prefect", prefect.__version__, "2.10.17"),
+    # 3.0 and 3.1 replace what users set in the UI, each time that something is registered.
+    ("Prefect", prefect.__version__, "3.2" if _PREFECT_3 else "2.10.17"),
 ):
     if _version(_found) < _version(_floor):
         raise SystemExit(
-            f"Error: register_prefect_flow.py needs {_name} {_floor} or newer, and this is "
-            f"{_name} {_found.split()[0]}."
-            + ("" if _name == "Python" else f" pip install '{_name.lower()}>={_floor}'")
+            f"Error: register_prefect_flow.py needs {_name} {_floor} or newer, and this is {_name}"
+            f" {_found}." + f" pip install '{_name.lower()}>={_floor}'" * (_name != "Python")
         )
 
-from kedro.config import MissingConfigException
+from kedro.config import AbstractConfigLoader, MissingConfigException
 from kedro.framework.cli import utils as kedro_cli
 from kedro.framework.project import pipelines, settings
 from kedro.framework.session import KedroSession
@@ -82,53 +95,51 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, task
-from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
+from prefect.logging.formatters import PrefectFormatter
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
-
-_KEDRO_1 = _version(kedro.__version__) >= (1,)
-_PREFECT_3 = _version(prefect.__version__) >= (3,)
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.templating import resolve_block_document_references
 
 try:  # Kedro 0.19.10 put Task in the place of run_node, which 1.0 removed.
     from kedro.runner import Task as _KedroTask
 except ImportError:
-    from kedro.runner import run_node  # type: ignore[attr-defined,unused-ignore]
-
-    def _run_node(node: Any, catalog: Any, hook_manager: Any, is_async: bool, run_id: Any) -> None:
-        run_node(node, catalog, hook_manager, is_async, run_id)
+    from kedro.runner import run_node as _run_node  # type: ignore[attr-defined,unused-ignore]
 else:
 
     def _run_node(node: Any, catalog: Any, hook_manager: Any, is_async: bool, run_id: Any) -> None:
         _KedroTask(node, catalog, is_async, hook_manager, run_id).execute()
 
 
-_FILTERS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
+def _pipeline_names(options: Options) -> list[str]:
+    """Name the pipelines as `kedro run` does: none, if it is the default one."""
+    names = list(dict.fromkeys(name.strip() for name in options["pipeline_name"].split(",")))
+    return [] if names == ["__default__"] else names
 
 
-def _check_supported(parameters: dict[str, Any]) -> None:
-    if not _KEDRO_1 and (parameters["only_missing_outputs"] or len(parameters["namespaces"]) > 1):
-        raise click.ClickException(
-            "only_missing_outputs and more than one of namespaces need Kedro 1.0 or newer, and this"
-            f" is Kedro {kedro.__version__}. pip install 'kedro>=1.0', or leave them out"
-        )
+def _check_supported(options: Options) -> None:
+    several = options["only_missing_outputs"] or len(options["namespaces"]) > 1
+    for needed, is_asked_for, what in (
+        ("1.0", several, "only_missing_outputs and more than one of namespaces need"),
+        ("1.2", len(_pipeline_names(options)) > 1, "several pipelines at once need"),
+    ):
+        if is_asked_for and _version(needed) > _KEDRO:
+            raise click.ClickException(
+                f"{what} Kedro {needed} or newer, and this is Kedro {kedro.__version__}."
+                f" pip install 'kedro>={needed}', or leave them out"
+            )
 
 
-def _filter_pipeline(pipeline: Pipeline, parameters: dict[str, Any]) -> Pipeline:
-    filters = {name: parameters[name] for name in _FILTERS}
-    namespaces = parameters["namespaces"]
+def _filter_pipeline(pipeline: Pipeline, options: Options) -> Pipeline:
+    filters = {name: options[name] for name in FILTERS}
+    namespaces = filters.pop("namespaces")
     if _KEDRO_1:
-        filters["node_namespaces"] = namespaces
-    else:
-        filters["node_namespace"] = next(iter(namespaces), None)
+        return pipeline.filter(**filters, node_namespaces=namespaces)
+    filters["node_namespace"] = next(iter(namespaces), None)
     return pipeline.filter(**filters)
-
-
-def _pipeline_names(parameters: dict[str, Any]) -> list[str]:
-    """Name the pipeline as `kedro run` does: not at all, if it is the default one."""
-    name = parameters["pipeline_name"]
-    return [] if name == "__default__" else [name]
 
 
 def _request_pipelines(names: list[str]) -> None:
@@ -137,46 +148,43 @@ def _request_pipelines(names: list[str]) -> None:
         pipelines.set_requested(names or None)
 
 
-def _create_session(parameters: dict[str, Any]) -> Any:
+def _create_session(env: str, conf_source: str, runtime_params: Options) -> Any:
     """Make a session as `kedro run` does."""
     # Since Kedro 1.3 the class is a setting, and those of another kind take the runtime
     # parameters later.
     session_class: Any = getattr(settings, "SESSION_CLASS", KedroSession)
-    options = {"env": parameters["env"]}
-    if parameters["conf_source"]:
-        options["conf_source"] = _locate_conf(parameters["conf_source"])
+    arguments: Options = {"conf_source": conf_source} if conf_source else {}
     if issubclass(session_class, KedroSession):
-        name = "runtime_params" if _KEDRO_1 else "extra_params"
-        options[name] = parameters["runtime_params"]
-    return session_class.create(project_path=PROJECT_PATH, **options)
+        arguments["runtime_params" if _KEDRO_1 else "extra_params"] = runtime_params
+    return session_class.create(project_path=PROJECT_PATH, env=env, **arguments)
 
 
-def _call_with_params(method: Any, parameters: dict[str, Any]) -> Any:
+def _call_with_params(method: Any, options: Options) -> Any:
     """Call a method of a session, which may be of the kind that takes the parameters only now."""
     takes_them = "runtime_params" in inspect.signature(method).parameters
-    return method(**{"runtime_params": parameters["runtime_params"]} if takes_them else {})
+    return method(**{"runtime_params": options["runtime_params"]} if takes_them else {})
 
 
-def _load_catalog(session: Any, parameters: dict[str, Any]) -> Any:
-    context = _call_with_params(session.load_context, parameters)
-    if names := _pipeline_names(parameters):  # whose parameters Kedro 1.7 checks
+def _load_catalog(session: Any, options: Options) -> Any:
+    context = _call_with_params(session.load_context, options)
+    if names := _pipeline_names(options):  # whose parameters Kedro 1.7 checks
         context._pipelines_to_validate = names
-    options = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
-    return context._get_catalog(load_versions=parameters["load_versions"], **options)
+    arguments = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
+    return context._get_catalog(load_versions=options["load_versions"], **arguments)
 
 
-def _run_session(session: Any, runner: SequentialRunner, parameters: dict[str, Any]) -> None:
+def _run_session(session: Any, runner: SequentialRunner, options: Options) -> None:
     """Pass on what `kedro run` passes on, for hooks get to see it."""
     accepted = inspect.signature(session.run).parameters
-    names = _pipeline_names(parameters)
-    given = parameters | {
-        "tags": tuple(parameters["tags"]),
-        "node_names": tuple(parameters["node_names"]),
-        "namespace": next(iter(parameters["namespaces"]), None),  # Kedro 1.0 brought the plural
+    names = _pipeline_names(options)
+    arguments = options | {
+        "tags": tuple(options["tags"]),
+        "node_names": tuple(options["node_names"]),
+        "namespace": next(iter(options["namespaces"]), None),  # Kedro 1.0 brought the plural
         "pipeline_names": names,  # Kedro 1.2
+        "pipeline_name": None if "pipeline_names" in accepted else next(iter(names), None),
     }
-    given["pipeline_name"] = None if "pipeline_names" in accepted else next(iter(names), None)
-    session.run(runner=runner, **{name: given[name] for name in accepted if name in given})
+    session.run(runner=runner, **{name: arguments[name] for name in accepted & arguments.keys()})
 
 
 def _get_dataset(catalog: Any, name: str) -> Any | None:
@@ -188,31 +196,31 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     return catalog._get_dataset(name) if name in known else None
 
 
-def _call_api(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a call of Prefect's client, whether or not the caller has an event loop."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
+_actions: Any = importlib.import_module("prefect.client.schemas.actions")
+_make_schedule: Any = getattr(_actions, "DeploymentScheduleCreate", SimpleNamespace)
+_SEVERAL_SCHEDULES = _make_schedule is not SimpleNamespace  # since Prefect 2.16
 
 
 def _schedules(deployment: Any) -> list[Any]:
-    """Return the schedules of a deployment on the server, which was one before Prefect 2.16."""
-    return deployment.schedules if hasattr(deployment, "schedules") else [deployment]
+    """Return the schedules of a deployment on the server, where there is one."""
+    if not _SEVERAL_SCHEDULES and getattr(deployment, "schedule", None):
+        active = deployment.is_schedule_active
+        return [SimpleNamespace(schedule=deployment.schedule, active=active)]
+    names = ("schedule", "active", "parameters", "slug")  # Prefect 3 brought the last two
+    return [
+        _make_schedule(**{name: getattr(found, name) for name in names if hasattr(found, name)})
+        for found in getattr(deployment, "schedules", ())
+    ]
 
 
 if _PREFECT_3:
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.client.schemas.objects import TaskRunResult
-    from prefect.flows import serve
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    _SUGGESTED_POOL_TYPE = "process"
-    _AGENT_POOL_TYPES: tuple[str, ...] = ()
-    _CAN_SERVE = True
-    _CAN_LIMIT_RUNS = True
-    # The embedded server makes its database at its first start: 12 s on a fast machine. Prefect
-    # waits 20 s (3.0: 10 s).
-    _RUN_SETTINGS: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 60}
+    _AGENT_POOL_TYPE, _SUGGESTED_POOL_TYPE = "", "process"
+    _ONLY_PREFECT_3: tuple[str, ...] = ()
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
@@ -240,54 +248,52 @@ if _PREFECT_3:
         future.wait()
         return future.state
 
-    def _make_deployment(
-        flow: Any, choices: dict[str, list[str]], schedule: Any = None, **options: Any
-    ) -> Any:
-        # The form offers what there is now, and takes any other name, for there may be new ones.
-        for name, names in choices.items():
-            flow.fn.__annotations__[name] = Literal[tuple(names)] | str
-        if schedule:
-            options["schedules"] = [schedule]
-        deployment = flow.to_deployment(**options)
-        deployment.entrypoint = ENTRYPOINT
-        return deployment
+    @contextmanager
+    def _embedded_server() -> Iterator[Any]:
+        """Start the server that Prefect needs where none is set, and yield its process."""
+        from prefect.server.api.server import SubprocessASGIServer
 
-    def _register(existing: Any, path: str, source: Any, options: dict[str, Any]) -> Any:
-        from prefect.runner.storage import GitRepository, LocalStorage
+        server = SubprocessASGIServer()
+        block = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
+        # It makes its database at its first start: 12 s on a fast machine. Prefect waits 20 s.
+        patience = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 60}
+        with temporary_settings(set_defaults=patience):
+            # Ctrl-C reaches all processes of a terminal; this one has to record how the run ends.
+            block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})  # which a child inherits
+            try:
+                server.start()
+            finally:
+                block(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
+            yield server.server_process
 
-        deployment = _make_deployment(**options)
-        deployment.storage = LocalStorage(path=path)
-        if source:
-            deployment.storage = GitRepository(url=source[0], branch=source[1])
-        # What is not set stays as it is on the server, where users may have changed it.
-        kept = {"paused", "tags"} - options.keys()
-        kept |= set() if "schedule" in options else {"schedules"}
-        if existing and _version(prefect.__version__) < (3, 2):  # these replace, and do not update
-            for name in kept:
-                setattr(deployment, name, getattr(existing, name))
-            if "schedules" in kept:
-                deployment.schedules = [
-                    DeploymentScheduleCreate(schedule=found.schedule, active=found.active)
-                    for found in existing.schedules
-                ]
-        deployment.model_fields_set.difference_update(kept)
-        return deployment.apply()
-
-    def _serve(options: dict[str, Any]) -> None:
-        with suppress(KeyboardInterrupt):  # which Prefect itself does since 3.0.11
-            serve(_make_deployment(**options))
+    async def _save_deployment(flow: Any, wanted: Any, existing: Any, for_agent: bool) -> Any:
+        """Create or update a deployment; what is not set stays as it is on the server."""
+        del for_agent  # Prefect 3 has none
+        fields = wanted.fields() | {
+            "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True)
+        }
+        triggers = fields.pop("triggers")
+        async with get_client() as client:
+            if existing:
+                if wanted.schedules:
+                    fields["schedules"] = [s.model_dump(mode="json") for s in wanted.schedules]
+                deployment_id = existing.id
+                await client.update_deployment(deployment_id, DeploymentUpdate(**fields))
+            else:
+                flow_id = await client.create_flow_from_name(flow.name)
+                deployment_id = await client.create_deployment(flow_id, wanted.name, **fields)
+            await client.delete_resource_owned_automations(f"prefect.deployment.{deployment_id}")
+            for trigger in triggers:
+                trigger.set_deployment_id(deployment_id)
+                await client.create_automation(trigger.as_automation())
+        return deployment_id
 
 else:
-    from prefect.deployments import Deployment
-    from prefect.filesystems import GitHub
-
     # Agents gave way to workers in Prefect 2.16.4.
-    _is_agent_time = _version(prefect.__version__) < (2, 16, 4)
-    _SUGGESTED_POOL_TYPE = "prefect-agent" if _is_agent_time else "process"
-    _AGENT_POOL_TYPES = ("prefect-agent",)
-    _CAN_SERVE = False
-    _CAN_LIMIT_RUNS = False
-    _RUN_SETTINGS = {}
+    _AGENT_POOL_TYPE = "prefect-agent"
+    _SUGGESTED_POOL_TYPE = "process" if _PREFECT >= (2, 16, 4) else _AGENT_POOL_TYPE
+    _ONLY_PREFECT_3 = ("concurrency_limit", "triggers", "schedules.parameters", "schedules.slug")
+    _embedded_server = nullcontext  # type: ignore[assignment]  # it is no process of its own
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
@@ -306,95 +312,39 @@ else:
     def _final_state(future: Any) -> Any:
         return future.wait()
 
-    def _register(existing: Any, path: str, source: Any, options: dict[str, Any]) -> Any:
-        del options["choices"]  # the form of Prefect 2 has none
-        if "paused" in options:
-            options["is_schedule_active"] = not options.pop("paused")
-        if existing:  # what is not set stays as it is on the server: users may have changed it
-            kept = {name: getattr(existing, name) for name in ("tags", "is_schedule_active")}
-            if "schedule" not in options and hasattr(existing, "schedules"):  # 2.16
-                kept["schedules"] = [
-                    {"schedule": found.schedule, "active": found.active}
-                    for found in existing.schedules
-                ]
-            elif "schedule" not in options:
-                kept["schedule"] = existing.schedule
-            options = kept | options
-        if source and not _is_agent_time:  # workers take no storage block, and agents nothing else
-            from prefect.runner.storage import GitRepository
+    async def _save_deployment(flow: Any, wanted: Any, existing: Any, for_agent: bool) -> Any:
+        """Create or replace a deployment; what is not set is sent as it is on the server."""
+        kept = ("version", "tags", "description", "paused", "enforce_parameter_schema")
+        fields = {name: getattr(existing, name) for name in kept if hasattr(existing, name)}
+        fields |= wanted.fields() | {"parameter_openapi_schema": parameter_schema(flow).dict()}
+        del fields["triggers"]
+        fields["schedules"] = wanted.schedules or _schedules(existing)
+        if for_agent:  # for which job variables hold in infrastructure blocks only
+            from prefect.infrastructure import Process
 
-            deployment: Any = options.pop("flow").to_deployment(**options)
-            deployment.entrypoint = ENTRYPOINT
-            deployment.storage = GitRepository(url=source[0], branch=source[1])
-            return deployment.apply()
-        variables = options.pop("job_variables")
-        if source:
-            options["storage"] = GitHub(repository=source[0], reference=source[1])
-            _call_api(options["storage"]._save(is_anonymous=True))
-        else:
-            # Without a working directory the run gets a temporary copy of the project, and its
-            # output files are gone with it.
-            options["path"] = variables["working_dir"] = path
-        with warnings.catch_warnings():  # deprecated since 2.16.4, and all that knows agents
-            warnings.simplefilter("ignore", DeprecationWarning)
-            deployment = Deployment.build_from_flow(  # type: ignore[attr-defined]
-                entrypoint=ENTRYPOINT,
-                infra_overrides=variables,
-                ignore_file=os.devnull,  # or else it leaves an empty .prefectignore behind
-                load_existing=False,
-                **options,
-            )
-        return deployment.apply()
+            fields["infrastructure_document_id"] = await Process()._save(is_anonymous=True)
+        if not _SEVERAL_SCHEDULES:
+            fields["infra_overrides"] = fields.pop("job_variables")
+            one = next(iter(fields.pop("schedules")), SimpleNamespace(schedule=None, active=True))
+            fields["schedule"] = one.schedule
+            fields["is_schedule_active"] = not fields.pop("paused", not one.active)
+        async with get_client() as client:
+            flow_id = await client.create_flow_from_name(flow.name)
+            return await client.create_deployment(flow_id, wanted.name, **fields)
+
+
+def _job_variables(deployment: Any) -> Options:
+    """Return the job variables of a deployment on the server, renamed in Prefect 2.16."""
+    return getattr(deployment, "job_variables", getattr(deployment, "infra_overrides", None)) or {}
 
 
 def _default_max_workers() -> int:
-    # Prefect 2 and 3.0.0 lack this setting; unset, the thread pool would have no limit.
+    # Prefect 2 lacks this setting; unset, the thread pool would have no limit.
     setting = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
     return (setting and setting.value()) or min(32, (os.cpu_count() or 1) + 4)
 
 
-# ---- Kedro: the project, and what has to be right before it can run ----
-
-
-@lru_cache  # a second time would load all pipelines again
-def _bootstrap(project_path: Path) -> ProjectMetadata:
-    return bootstrap_project(project_path)
-
-
-def _print_plain_lines() -> None:
-    """Print log lines as Prefect does, where Kedro's Rich handler would draw them into a file.
-
-    Drawing takes a millisecond a line: in a worker, longer than all that Prefect does for a task.
-    """
-    logger = logging.getLogger()
-    for index, handler in enumerate(logger.handlers):
-        if isinstance(handler, RichHandler) and not handler.console.is_terminal:
-            config = DictConfigurator(load_logging_config(DEFAULT_LOGGING_SETTINGS_PATH))
-            plain = logging.StreamHandler(handler.console.file)
-            plain.setLevel(handler.level)
-            plain.setFormatter(config.configure_formatter(config.config["formatters"]["standard"]))
-            logger.handlers[index] = plain
-
-
-@contextmanager
-def _project_errors(doing: str) -> Iterator[None]:
-    """Say in one line what the project's own code or configuration raised, and where."""
-    try:
-        yield
-    except click.ClickException:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if _is_project_code(Path(frame.filename))]
-        where = f"\n  at {own[-1].filename}, line {own[-1].lineno}" if own else ""
-        message = f"{doing} failed.\n  {type(error).__name__}: {error}{where}"
-        raise click.ClickException(message) from error
-
-
-def _is_project_code(path: Path) -> bool:
-    in_environment = path.is_relative_to(sys.prefix)  # which may lie in the project's folder
-    this_file = Path(__file__).absolute()
-    return path.is_relative_to(PROJECT_PATH) and path != this_file and not in_environment
+# ---- Errors: what a user can mend is one message without a traceback ----
 
 
 def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
@@ -406,15 +356,82 @@ def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
     return f"{hint} The {kind} are: {', '.join(names[:NAMES_SHOWN]) or 'none'}{more}."
 
 
+@contextmanager
+def _project_errors(doing: str) -> Iterator[None]:
+    """Say in one line what the project's own code or configuration raised, and where."""
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        where = ""
+        for frame in traceback.extract_tb(error.__traceback__):
+            path = Path(frame.filename)
+            in_environment = path.is_relative_to(sys.prefix)  # which may lie in the project
+            if path.is_relative_to(PROJECT_PATH) and not in_environment and path != THIS_FILE:
+                where = f"\n  at {path}, line {frame.lineno}"
+        message = f"{doing} failed.\n  {type(error).__name__}: {error}{where}"
+        raise click.ClickException(message) from error
+
+
+@contextmanager
+def _server_errors(problem: str, remedy: str = "") -> Iterator[None]:
+    """Say in one line why the Prefect server did not do what it was asked for."""
+    import httpx  # by which Prefect's client speaks
+
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        reason = f"the server answered {error.response.status_code} {error.response.reason_phrase}"
+        if error.response.status_code in (401, 403):
+            remedy = " Set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY) to what it expects."
+        text = f"{problem}: {reason}. {error.response.text[:1000]}{remedy}"
+        raise click.ClickException(text) from error
+    except (httpx.HTTPError, OSError, asyncio.TimeoutError) as error:
+        reason = str(error) or f"no answer within {SERVER_TIMEOUT} s"
+        raise click.ClickException(f"{problem}: {reason}. {remedy}") from error
+
+
+def _without_credentials(text: str) -> str:
+    """Hide what stands before the @ of a URL: it may be a token."""
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+
+
+# ---- Project: environment, pipeline, catalog ----
+
+
+def _print_plain_lines() -> None:
+    """Print log lines as Prefect does, where Kedro's Rich handler would draw them into a file.
+
+    Drawing takes a millisecond a line: in a worker, longer than all that Prefect does for a task.
+    """
+    logger = logging.getLogger()
+    for index, handler in enumerate(logger.handlers):
+        if isinstance(handler, RichHandler) and not handler.console.is_terminal:
+            if hasattr(handler.console.file, "reconfigure"):  # so that any text can be written
+                handler.console.file.reconfigure(errors="backslashreplace")
+            plain = logging.StreamHandler(handler.console.file)
+            plain.setLevel(handler.level)
+            formats = load_logging_config(DEFAULT_LOGGING_SETTINGS_PATH)["formatters"]["standard"]
+            plain.setFormatter(PrefectFormatter(**{k: v for k, v in formats.items() if k != "()"}))
+            logger.handlers[index] = plain
+
+
+@functools.cache  # a second time would load all pipelines again
+def _bootstrap(project_path: Path) -> ProjectMetadata:
+    metadata = bootstrap_project(project_path)
+    _print_plain_lines()
+    return metadata
+
+
 def _check_telemetry() -> None:
     """Refuse a run that would stop to ask for consent where nobody can answer."""
+    decided = (PROJECT_PATH / ".telemetry").exists()
+    if decided or "kedro-telemetry" in settings.DISABLE_HOOKS_FOR_PLUGINS:
+        return
     try:
         version = importlib.metadata.version("kedro-telemetry")
     except importlib.metadata.PackageNotFoundError:
-        return
-    if (PROJECT_PATH / ".telemetry").exists():
-        return
-    if "kedro-telemetry" in settings.DISABLE_HOOKS_FOR_PLUGINS:
         return
     remedy = "decide in a file: cp .telemetry.example .telemetry (or: echo 'consent: false')"
     if _version(version) < (0, 6):  # these ask, and know no opt-out variable
@@ -425,66 +442,68 @@ def _check_telemetry() -> None:
         click.echo(f"Warning: kedro-telemetry will send usage data from flow runs; {remedy}")
 
 
-def _locate_conf(conf_source: str | None) -> str:
+def _locate_conf(options: Options) -> str:
     """Return the folder, archive or URL of the configuration; a path is relative to the project."""
-    conf = conf_source or settings.CONF_SOURCE
+    conf: str = options["conf_source"] or settings.CONF_SOURCE
     return conf if "://" in conf else str(PROJECT_PATH / conf)
 
 
-def _list_environments(conf_source: str | None) -> list[str]:
-    conf = Path(_locate_conf(conf_source))
+def _environment(options: Options) -> str:
+    """Return the environment; `base` is the project's base environment, whatever its name is."""
+    env: str = options["env"]
+    if env == "base" and not Path(_locate_conf(options), env).is_dir():
+        return str(settings.CONFIG_LOADER_ARGS.get("base_env", env))
+    return env
+
+
+def _list_environments(conf: Path) -> list[str]:
     found = conf.iterdir() if conf.is_dir() else ()
     return sorted(path.name for path in found if path.is_dir() and path.name[0] != ".")
 
 
-def _check_environment(env: str, conf_source: str | None) -> None:
-    conf = _locate_conf(conf_source)
-    if conf_source and "://" not in conf and not Path(conf).exists():
+def _check_environment(options: Options) -> None:
+    conf, env = Path(_locate_conf(options)), _environment(options)
+    if options["conf_source"] and "://" not in str(options["conf_source"]) and not conf.exists():
         raise click.ClickException(f"There is no configuration at {conf}: give another conf_source")
-    environments = _list_environments(conf_source)
-    if Path(conf).is_dir() and env not in environments:
+    # A project's own config loader may keep environments elsewhere than in folders.
+    keeps_folders = settings.CONFIG_LOADER_CLASS.__base__ is not AbstractConfigLoader or (
+        settings.CONFIG_LOADER_CLASS.__module__.startswith("kedro.")
+    )
+    if keeps_folders and conf.is_dir() and not (conf / env).is_dir():
         raise click.ClickException(
-            f"Environment '{env}' has no folder {conf}/{env}."
-            + _close_matches(env, environments, "environments")
+            f"Environment '{env}' has no folder {conf / env}."
+            + _close_matches(env, _list_environments(conf), "environments")
         )
 
 
-def _load_pipeline(parameters: dict[str, Any]) -> Pipeline:
-    """Return the nodes that are asked for."""
-    name = parameters["pipeline_name"]
-    with _project_errors("Loading the pipelines (pipeline_registry.py)"):
-        pipeline = pipelines.get(name)
+def _open_session(options: Options) -> Any:
+    """Make the Kedro session of a run; it loads nothing yet."""
+    conf_source = options["conf_source"] and _locate_conf(options)
+    with _project_errors("Making a Kedro session"):
+        return _create_session(_environment(options), conf_source, options["runtime_params"])
+
+
+def _load_whole_pipeline(options: Options) -> Pipeline:
+    """Return all nodes of the pipelines that a run names."""
+    whole = Pipeline([])
+    for name in _pipeline_names(options) or ["__default__"]:
+        with _project_errors("Loading the pipelines (pipeline_registry.py)"):
+            pipeline = pipelines.get(name)
+            if pipeline is None:
+                _request_pipelines([])
+                registered = list(pipelines)
         if pipeline is None:
-            _request_pipelines([])
-            registered = list(pipelines)
-    if pipeline is None:
-        raise click.ClickException(
-            f"There is no pipeline '{name}'." + _close_matches(name, registered, "pipelines")
-        )
-    if not pipeline.nodes:
-        raise click.ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
-    try:
-        return _filter_pipeline(pipeline, parameters)
-    except ValueError as error:
-        hints = "".join(_explain_filters(pipeline, parameters))
-        raise click.ClickException(f"Filtering pipeline '{name}': {error}{hints}") from error
+            raise click.ClickException(
+                f"There is no pipeline '{name}'." + _close_matches(name, registered, "pipelines")
+            )
+        if not pipeline.nodes:
+            raise click.ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
+        whole += pipeline
+    return whole
 
 
 def _dataset_names(pipeline: Pipeline) -> set[str]:
     return set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
-
-
-def _explain_filters(pipeline: Pipeline, parameters: dict[str, Any]) -> Iterator[str]:
-    """Find the values of filters that are not in the pipeline, and what they may have meant."""
-    nodes = pipeline.nodes
-    names = {node.name for node in nodes}
-    datasets = _dataset_names(pipeline)
-    tags = set(chain.from_iterable(node.tags for node in nodes))
-    namespaces = set(chain.from_iterable(map(_namespaces, nodes)))
-    known = [tags, names, names, names, datasets, datasets, namespaces]
-    for kind, there in zip((*_FILTERS, "namespaces"), known, strict=True):
-        for value in sorted(set(parameters[kind]) - there):
-            yield f"\n  {kind}: '{value}'." + _close_matches(value, there, kind)
 
 
 def _namespaces(node: Node) -> set[str]:
@@ -493,123 +512,337 @@ def _namespaces(node: Node) -> set[str]:
     return {".".join(parts[:end]) for end in range(1, len(parts) + 1)} - {""}
 
 
-def _check_parameters(parameters: dict[str, Any]) -> Pipeline:
-    """Refuse flow parameters that cannot be right, and return the nodes they ask for."""
-    _check_supported(parameters)
-    _check_environment(parameters["env"], parameters["conf_source"])
-    return _load_pipeline(parameters)
+def _explain_filters(pipeline: Pipeline, options: Options) -> Iterator[str]:
+    """Find the values of filters that are not in the pipeline, and what they may have meant."""
+    names = {node.name for node in pipeline.nodes}
+    datasets = _dataset_names(pipeline)
+    tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
+    namespaces = set(chain.from_iterable(map(_namespaces, pipeline.nodes)))
+    known = [tags, names, names, names, datasets, datasets, namespaces]
+    for kind, there in zip(FILTERS, known, strict=True):
+        for value in sorted(set(options[kind]) - there):
+            yield f"\n  {kind}: '{value}'." + _close_matches(value, there, kind)
 
 
-def _load_datasets(
-    pipeline: Pipeline, session: Any, parameters: dict[str, Any]
-) -> dict[str, Any | None]:
-    """Make every dataset of the pipeline, as a run would; None stands for memory."""
-    env = parameters["env"]
-    with _project_errors(f"Loading the catalog and parameters of environment '{env}'"):
-        catalog = _load_catalog(session, parameters)
-        datasets = {name: _get_dataset(catalog, name) for name in sorted(_dataset_names(pipeline))}
-    missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
-    if missing:
+def _load_pipeline(options: Options) -> Pipeline:
+    """Return the nodes that a run asks for; refuse options that cannot be right."""
+    _check_supported(options)
+    pipeline = _load_whole_pipeline(options)
+    try:
+        return _filter_pipeline(pipeline, options)
+    except ValueError as error:
         raise click.ClickException(
-            f"No catalog entry, pattern or parameter provides pipeline input {', '.join(missing)}."
-            f" Add it to {settings.CONF_SOURCE}/base or {settings.CONF_SOURCE}/{env}."
-        )
+            f"Filtering pipeline '{options['pipeline_name']}': {error}"
+            + "".join(_explain_filters(pipeline, options))
+        ) from error
+
+
+def _explain_missing(names: list[str], options: Options) -> str:
+    """Say what could provide inputs that a run lacks: a node that is filtered out, or an entry."""
+    text = f"No catalog entry, pattern or parameter provides pipeline input {', '.join(names)}."
+    whole = _load_whole_pipeline(options)
+    unfiltered: Options = {kind: [] for kind in FILTERS}
+    for node in whole.nodes:
+        if made := ", ".join(name for name in names if name in node.outputs):
+            one_filter = {kind: {**options, **unfiltered, kind: options[kind]} for kind in FILTERS}
+            by = [k for k in FILTERS if node not in _filter_pipeline(whole, one_filter[k]).nodes]
+            text += f" Node '{node.name}' makes {made}, and {' and '.join(by)} leaves it out."
+    conf = options["conf_source"] or settings.CONF_SOURCE
+    return f"{text} Add it to {conf}/base or {conf}/{_environment(options)}, or run what makes it."
+
+
+def _suggest_local(message: str, options: Options) -> str:
+    """Name what a message misses, and the environment that `kedro run` reads has."""
+    local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
+    entries: dict[str, set[str]] = {_environment(options): set(), local: set()}
+    for env, names in entries.items():
+        with suppress(Exception):  # what cannot be read has no entries to suggest
+            session = _open_session(options | {"env": env})
+            loader = _call_with_params(session._get_config_loader, options)
+            for section in ("catalog", "credentials"):
+                with suppress(Exception):
+                    names |= set(loader[section])
+    words = {word.strip(".:") for word in re.findall(r"[^\s'\"{},()]+", message)}
+    if found := ", ".join(sorted(words & (entries[local] - entries[_environment(options)]))):
+        return f" Environment {local}, which `kedro run` reads, has {found}: use --env {local}."
+    return ""
+
+
+def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None]:
+    """Make every dataset of the pipeline, as a run would; None stands for memory."""
+    env, names = options["env"], sorted(_dataset_names(pipeline))
+    try:
+        with _project_errors(f"Loading the catalog and parameters of environment '{env}'"):
+            catalog = _load_catalog(_open_session(options), options)
+            datasets = {name: _get_dataset(catalog, name) for name in names}
+            if missing := sorted(name for name in pipeline.inputs() if datasets[name] is None):
+                raise click.ClickException(_explain_missing(missing, options))
+    except click.ClickException as error:
+        message = error.message + _suggest_local(error.message, options)
+        raise click.ClickException(message) from error
     return datasets
+
+
+def _explain(error: Exception, options: Options) -> str | None:
+    """Say how to mend what ended a run; None: nobody but the project's author knows."""
+    message = str(error)
+    if isinstance(error, ValueError) and message.startswith("Pipeline input(s)"):
+        inputs = _load_pipeline(options).inputs()
+        names = sorted(name for name in inputs if f"'{name}'" in message)
+        message = _explain_missing(names, options)
+    message += _suggest_local(message, options)
+    return message if message != str(error) else None
 
 
 # ---- conf/<env>/prefect.yml ----
 
-_NUMBER = (int, float)
-_DEPLOYMENT_SETTINGS: dict[str, Any] = {
-    "cron": str, "interval": _NUMBER, "rrule": str, "timezone": str, "paused": bool,
-    "description": str, "tags": list, "concurrency_limit": int, "job_variables": dict,
-    "path": str, "source": str,
+_NUMBER, _POSITIVE = (int, float), range(1, sys.maxsize)
+_PARAMETERS: Options = {
+    "pipeline_name": str, "env": str, "runtime_params": dict, **dict.fromkeys(FILTERS, list),
+    "load_versions": dict, "only_missing_outputs": bool, "conf_source": str,
 }  # fmt: skip
-_RUNNER_SETTINGS: dict[str, Any] = {"type": str, "max_workers": int, "is_async": bool}
-_TASK_SETTINGS: dict[str, Any] = {
-    "retries": int, "retry_delay_seconds": (*_NUMBER, list), "retry_jitter_factor": _NUMBER,
-    "timeout_seconds": _NUMBER, "tags": list, "log_prints": bool, "description": str,
-    "version": str,
+_DEPLOYMENT: Options = {  # the keys of Prefect's prefect.yaml; `path` and `source` are ours
+    "name": str, "version": (str, *_NUMBER), "tags": list, "description": str, "paused": bool,
+    "parameters": _PARAMETERS, "enforce_parameter_schema": bool, "triggers": [dict],
+    "schedules": [{
+        "cron": str, "interval": _NUMBER, "rrule": str, "timezone": str, "anchor_date": object,
+        "day_or": bool, "active": bool, "parameters": _PARAMETERS, "slug": str,
+    }],
+    "concurrency_limit": (_POSITIVE, {
+        "limit": _POSITIVE, "collision_strategy": str, "grace_period_seconds": int,
+    }),
+    "work_pool": {
+        "name": str, "work_queue_name": str, "job_variables": {"env": dict, str: object},
+    },
+    "path": str, "source": (str, dict),
+}  # fmt: skip
+_SHAPE: Options = {
+    "deployment": _DEPLOYMENT, "deployments": [_DEPLOYMENT],
+    "task_runner": {"type": str, "max_workers": _POSITIVE, "is_async": bool},
+    "tasks": {str: {
+        "retries": int, "retry_delay_seconds": (*_NUMBER, list), "retry_jitter_factor": _NUMBER,
+        "timeout_seconds": _NUMBER, "tags": list, "log_prints": bool, "description": str,
+        "version": str,
+    }},
 }  # fmt: skip
 
 
-def _read_schedule(settings: dict[str, Any]) -> Any | None:
-    """Make the schedule that section deployment of prefect.yml describes."""
-    classes = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
-    given = [name for name in classes if name in settings]
-    if len(given) > 1 or (not given and "timezone" in settings):
+class _Deployment(NamedTuple):
+    """What is registered; what is None stays as it is on the server."""
+
+    name: str
+    parameters: Options
+    pull_steps: list[Options]
+    job_variables: Options
+    schedules: list[Any] | None
+    triggers: list[Any]
+    work_pool_name: str | None
+    work_queue_name: str | None
+    version: str | None = None
+    tags: list[str] | None = None
+    description: str | None = None
+    paused: bool | None = None
+    concurrency_limit: int | None = None
+    concurrency_options: Options | None = None
+    enforce_parameter_schema: bool | None = None
+    entrypoint: str = ENTRYPOINT
+
+    def fields(self) -> Options:
+        """Return what is set, without the name."""
+        return {k: v for k, v in self._asdict().items() if v is not None and k != "name"}
+
+
+class _Config(NamedTuple):
+    """What prefect.yml says; its deployments are checked when one is registered."""
+
+    deployment: Any  # of all deployments
+    deployments: Any  # each with a name
+    task_runner: Options
+    tasks: dict[str, Options]
+
+
+def _check(where: str, found: Any, shape: Any) -> None:
+    """Refuse keys of prefect.yml that are not there, and other values than there may be."""
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    types = [each if isinstance(each, type) else type(each) for each in shapes]
+    if re.sub(r"^deployments?(\[\d+\])?\.|\[\d+\]", "", where) in _ONLY_PREFECT_3:
+        problem = f"needs Prefect 3, and this is Prefect {prefect.__version__}: leave it out."
+        raise click.ClickException(f"prefect.yml: {where} {problem}")
+    if range in types and type(found) is int and found not in shapes[0]:
+        raise click.ClickException(f"prefect.yml: {where} is {found}, and has to be 1 or more.")
+    kinds: list[Any] = [int if kind is range else kind for kind in types]
+    other_bool = isinstance(found, bool) and not {bool, object} & {*kinds}
+    if other_bool or not isinstance(found, tuple(kinds)):
+        names = " or ".join(kind.__name__ for kind in kinds)
         raise click.ClickException(
-            f"prefect.yml: deployment has {' and '.join(given) or 'only a timezone'}, and not one"
-            " of cron, interval and rrule."
+            f"prefect.yml: {where} is {found!r}, and has to be of type {names}."
         )
-    for name in given:
-        with _project_errors(f"Reading deployment.{name} in prefect.yml"):
-            return classes[name](**{name: settings[name], "timezone": settings.get("timezone")})
-    return None
+    inside = cast("Any", found)  # whose type is known now to be one of the shape's
+    inner: Any = next((each for each in shapes if isinstance(each, type(found))), None)
+    if isinstance(inner, list):
+        for number, item in enumerate(inside):
+            _check(f"{where}[{number}]", item, inner[0])
+    if isinstance(inner, dict):
+        for key, item in inside.items():
+            path = f"{where}.{key}".lstrip(".")
+            if key not in inner and str not in inner:
+                taken = key in ("entrypoint", "build", "push", "pull")
+                hint = " This file sets it." * taken + _close_matches(key, inner, "keys")
+                raise click.ClickException(f"prefect.yml has no {path}.{hint}")
+            _check(path, item, inner.get(key, inner.get(str)))
 
 
-def _read_source(settings: dict[str, Any]) -> tuple[str, str | None] | None:
-    """Split a source as pip does: git+URL, and the branch or tag behind an @."""
-    if "source" not in settings:
-        return None
-    found = re.fullmatch(r"git\+(\w+://[^/]*/[^@]+)(?:@(.+))?", settings["source"])
-    if not found:
-        raise click.ClickException(
-            f"prefect.yml: deployment.source is '{settings['source']}', and not git+URL@ref, as in"
-            " git+https://example.org/forecast.git@v1.4 (a branch or tag)."
-        )
-    if "path" in settings:
-        raise click.ClickException(
-            "prefect.yml: deployment has path and source, and the project lies in one place only."
-        )
-    return found[1], found[2]
+def _merge(*layers: Options) -> Options:
+    """Lay mappings over each other, at all depths; later ones win."""
+    merged: Options = {}
+    for name, value in chain.from_iterable(layer.items() for layer in layers):
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
 
 
-def _load_config(session: Any, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read prefect.yml with the project's own config loader, and check what is in it."""
+def _read_config(session: Any, options: Options) -> _Config:
+    """Read prefect.yml with the project's own config loader, and check what a run needs of it."""
     with _project_errors("Loading prefect.yml"):
-        loader = _call_with_params(session._get_config_loader, parameters)
-        loader.config_patterns.setdefault("prefect", ["prefect.*"])
+        loader = _call_with_params(session._get_config_loader, options)
+        if hasattr(loader, "config_patterns"):
+            loader.config_patterns.setdefault("prefect", ["prefect.*"])
         try:
-            given = {section: settings or {} for section, settings in loader["prefect"].items()}
-        except MissingConfigException:
-            given = {}
-    _check_settings("", given, dict.fromkeys(("deployment", "task_runner", "tasks"), dict))
-    config = {"deployment": {}, "task_runner": {}, "tasks": {}, **given}
-    _check_settings("deployment.", config["deployment"], _DEPLOYMENT_SETTINGS)
-    _read_schedule(config["deployment"])
-    _read_source(config["deployment"])
-    if "concurrency_limit" in config["deployment"] and not _CAN_LIMIT_RUNS:
-        raise click.ClickException(
-            "prefect.yml: deployment.concurrency_limit needs Prefect 3, and this is Prefect"
-            f" {prefect.__version__}: leave it out, or limit the work queue."
-        )
-    _check_settings("task_runner.", config["task_runner"], _RUNNER_SETTINGS)
-    if (kind := config["task_runner"].pop("type", "threads")) != "threads":
+            found = {name: value for name, value in loader["prefect"].items() if value is not None}
+        except (MissingConfigException, KeyError):
+            found = {}
+    _check("", found, _SHAPE | {"deployment": object, "deployments": object})
+    empty: Options = {"deployment": {}, "deployments": [], "task_runner": {}, "tasks": {}}
+    config = _Config(**{**empty, **found})
+    if (kind := config.task_runner.pop("type", "threads")) != "threads":
         raise click.ClickException(f"prefect.yml: task_runner.type is '{kind}', not 'threads'.")
-    _check_settings("tasks.", config["tasks"], dict.fromkeys(config["tasks"], dict))
-    for name, options in config["tasks"].items():
-        _check_settings(f"tasks.{name}.", options, _TASK_SETTINGS)
+    for name, task_options in config.tasks.items():
         with _project_errors(f"Reading tasks.{name} in prefect.yml"):
-            Task(fn=lambda: None, **options)
-    with _project_errors("Reading task_runner in prefect.yml"):
-        PrefectRunner(**config["task_runner"])
+            Task(fn=lambda: None, **task_options)
     return config
 
 
-def _check_settings(where: str, given: dict[str, Any], allowed: dict[str, Any]) -> None:
-    """Refuse settings that are not there, or of another type."""
-    for name, value in given.items():
-        if name not in allowed:
-            raise click.ClickException(
-                f"prefect.yml has no {where}{name}." + _close_matches(name, allowed, "settings")
+def _check_name(name: Any) -> None:
+    if not name or re.search(r"[/%&<>]", name):
+        raise click.ClickException(
+            f"Deployment name '{name}' is refused by Prefect: it must not be empty, and must not"
+            " contain / % & < or >. Choose another --deployment_name."
+        )
+
+
+def _deployment_sections(config: _Config) -> dict[str, Options]:
+    """Return what prefect.yml says of each deployment that it names."""
+    _check("deployment", config.deployment, _DEPLOYMENT)
+    _check("deployments", config.deployments, [_DEPLOYMENT])
+    sections: dict[str, Options] = {}
+    for number, section in enumerate(config.deployments):
+        name = section.get("name")
+        _check_name(name)
+        if name in sections:
+            raise click.ClickException(f"prefect.yml: deployments[{number}] is a second '{name}'.")
+        sections[name] = _merge(config.deployment, section)
+    return sections
+
+
+def _read_schedule(where: str, section: Options) -> tuple[Any, set[str], Options]:
+    """Make a schedule; return it with the names of what is set of it, and what stands beside it."""
+    classes = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
+    kinds = [kind for kind in classes if kind in section]
+    if len(kinds) != 1:
+        raise click.ClickException(
+            f"prefect.yml: {where} has {' and '.join(kinds) or 'none'}, and not one of cron,"
+            " interval and rrule."
+        )
+    timing = {kinds[0], "timezone", "anchor_date", "day_or"} & section.keys()
+    with _project_errors(f"Reading {where} in prefect.yml"):
+        schedule = classes[kinds[0]](**{name: section[name] for name in timing})
+    others = {name: section[name] for name in section.keys() - timing}
+    return schedule, timing | {"timezone"}, others
+
+
+def _read_trigger(where: str, name: str, section: Options) -> Any:
+    from prefect.events import DeploymentTriggerTypes
+    from pydantic import TypeAdapter
+
+    with _project_errors(f"Reading {where} in prefect.yml"):
+        return TypeAdapter(DeploymentTriggerTypes).validate_python({"name": name, **section})
+
+
+def _read_place(section: Options) -> Options:
+    """Return the pull step that takes a run to the project: into a folder, or a git clone."""
+    source: Any = section.get("source")
+    if source is None:
+        directory = section.get("path", str(PROJECT_PATH))
+        return {"prefect.deployments.steps.set_working_directory": {"directory": directory}}
+    from prefect.deployments.steps.pull import git_clone
+
+    text, problem = _without_credentials(str(source)), ""
+    if isinstance(source, str):  # as pip writes it
+        found = re.fullmatch(r"git\+(?P<repository>\w+://[^/]*/[^@]+)(?:@(?P<branch>.+))?", source)
+        source = {k: v for k, v in found.groupdict().items() if v} if found else {}
+    _check(
+        "deployment.source", source, dict.fromkeys(inspect.signature(git_clone).parameters, object)
+    )
+    if "path" in section:
+        problem = "stands beside path, and the project lies in one place only"
+    elif "repository" not in source:
+        problem = (
+            f"is '{text}', and not git+URL@ref (a branch or tag, as in"
+            " git+https://example.org/forecast.git@v1.4), or the arguments of Prefect's git_clone"
+        )
+    elif any("{{" not in str(source.get(name, "{{")) for name in ("access_token", "credentials")):
+        problem = (
+            "has a token that would lie on the server: put it into a block, and say access_token:"
+            " '{{ prefect.blocks.secret.<its name> }}'"
+        )
+    if problem:
+        raise click.ClickException(f"prefect.yml: deployment.source {problem}.")
+    return {"prefect.deployments.steps.git_clone": source}
+
+
+def _read_deployment(name: str, section: Options, given: Options, options: Options) -> _Deployment:
+    """Lay the command line over a section of prefect.yml, and that over the defaults of options."""
+    pool, limit = section.get("work_pool", {}), section.get("concurrency_limit", {})
+    limit = dict(limit) if isinstance(limit, dict) else {"limit": limit}
+    if limit:
+        from prefect.client.schemas.objects import ConcurrencyLimitConfig
+
+        with _project_errors("Reading deployment.concurrency_limit in prefect.yml"):
+            ConcurrencyLimitConfig(**limit)
+    schedules, triggers = section.get("schedules", []), section.get("triggers", [])
+    if len(schedules) > 1 and not _SEVERAL_SCHEDULES:
+        raise click.ClickException(
+            "prefect.yml: deployment.schedules has more than one, which needs Prefect 2.16, and"
+            f" this is Prefect {prefect.__version__}."
+        )
+    options = _merge(
+        options, section.get("parameters", {}), {k: options[k] for k in options if k in given}
+    )
+    return _Deployment(
+        name=name,
+        parameters=options,
+        pull_steps=[_read_place(section)],
+        job_variables=pool.get("job_variables", {}),
+        schedules=[
+            _read_schedule(f"deployment.schedules[{number}]", schedule)
+            for number, schedule in enumerate(schedules)
+        ],
+        triggers=[
+            _read_trigger(
+                f"deployment.triggers[{number}]", f"{name}__automation_{number + 1}", trigger
             )
-        types = allowed[name] if isinstance(allowed[name], tuple) else (allowed[name],)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            names = " or ".join(kind.__name__ for kind in types)
-            raise click.ClickException(
-                f"prefect.yml: {where}{name} is {value!r}, and has to be of type {names}."
-            )
+            for number, trigger in enumerate(triggers)
+        ],
+        work_pool_name=given.get("work_pool_name", pool.get("name")),
+        work_queue_name=given.get("work_queue_name", pool.get("work_queue_name")),
+        version=given.get("version", section.get("version") and str(section["version"])),
+        tags=section.get("tags"),
+        description=section.get("description"),
+        paused=section.get("paused"),
+        enforce_parameter_schema=section.get("enforce_parameter_schema"),
+        concurrency_limit=limit.pop("limit", None),
+        concurrency_options=limit or None,
+    )
 
 
 def _task_names(node: Node) -> set[str]:
@@ -618,7 +851,7 @@ def _task_names(node: Node) -> set[str]:
     return {"default", node.name, *tags, *(f"namespace:{name}" for name in _namespaces(node))}
 
 
-def _task_options(node: Node, tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _task_options(node: Node, tasks: dict[str, Options]) -> Options:
     """Return what the tasks section says of a node; its later lines win over earlier ones."""
     names = _task_names(node)
     return dict(chain.from_iterable(tasks[name].items() for name in tasks if name in names))
@@ -642,35 +875,33 @@ class _Plan(NamedTuple):
     """What was checked, and is now going to be shown, run or registered."""
 
     metadata: ProjectMetadata
-    parameters: dict[str, Any]
     pipeline: Pipeline
     datasets: dict[str, Any | None]
-    config: dict[str, dict[str, Any]]
-    choices: dict[str, list[str]]
+    config: _Config
+    section: Options  # of prefect.yml, as it was written
+    deployment: _Deployment
+    existing: Any = None  # the deployment of this name on the server
+    pool: Any = None  # its work pool; None: it runs from this process
 
     @property
-    def given(self) -> dict[str, Any]:
-        """The flow parameters that are not left at their default."""
-        return {
-            name: value
-            for name, value in self.parameters.items()
-            if value or name in ("pipeline_name", "env")
-        }
+    def full_name(self) -> str:
+        """The name of the deployment, behind that of the flow."""
+        return f"{self.metadata.package_name}/{self.deployment.name}"
+
+    @property
+    def options(self) -> Options:
+        """The options of a run that are not left at their default."""
+        options = self.deployment.parameters
+        return {k: v for k, v in options.items() if v or k in ("pipeline_name", "env")}
 
 
-def _check_project(parameters: dict[str, Any]) -> _Plan:
+def _load_project(options: Options) -> tuple[ProjectMetadata, _Config]:
+    """Bootstrap the project, and read prefect.yml."""
     with _project_errors(f"Loading {PROJECT_PATH}, where this file lies, as a Kedro project"):
         metadata = _bootstrap(PROJECT_PATH)
     _check_telemetry()
-    pipeline = _check_parameters(parameters)
-    with _project_errors("Making a Kedro session"):
-        session = _create_session(parameters)
-    config = _load_config(session, parameters)
-    _check_task_names(config["tasks"])
-    datasets = _load_datasets(pipeline, session, parameters)
-    environments = _list_environments(parameters["conf_source"]) or [parameters["env"]]
-    choices = {"pipeline_name": list(pipelines), "env": environments}
-    return _Plan(metadata, parameters, pipeline, datasets, config, choices)
+    _check_environment(options)
+    return metadata, _read_config(_open_session(options), options)
 
 
 def _where(name: str, dataset: Any | None) -> str:
@@ -685,73 +916,175 @@ def _where(name: str, dataset: Any | None) -> str:
     return f"{type(dataset).__name__} {prefix}{filepath}".rstrip()
 
 
-def _layers(plan: _Plan) -> Iterator[tuple[int, Node, str, str]]:
-    """Yield each node with the number of its layer, its inputs and its outputs."""
-    for number, layer in enumerate(plan.pipeline.grouped_nodes, start=1):
-        for node in layer:
-            inputs, outputs = ", ".join(node.inputs), ", ".join(node.outputs)
-            yield number, node, inputs or "nothing", outputs or "nothing"
-
-
 def _print_plan(plan: _Plan) -> None:
     """Print the execution layers, where each dataset lives, and what prefect.yml sets."""
-    rows = list(_layers(plan))
-    given = dict(plan.given)
+    options, layers = dict(plan.options), plan.pipeline.grouped_nodes
     click.echo(
-        f"Pipeline '{given.pop('pipeline_name')}' of {plan.metadata.package_name}, "
-        f"environment '{given.pop('env')}': {len(rows)} nodes in {rows[-1][0]} layers"
+        f"Pipeline '{options.pop('pipeline_name')}' of {plan.metadata.package_name}, environment"
+        f" '{options.pop('env')}': {len(plan.pipeline.nodes)} nodes in {len(layers)} layers"
     )
-    for name, value in given.items():
-        click.echo(f"  {name}: {value}")
-    for number, group in groupby(rows, key=itemgetter(0)):
-        click.echo(f"Layer {number}")
-        for _, node, inputs, outputs in group:
-            options = _task_options(node, plan.config["tasks"]) or ""
-            click.echo(f"  {node.name}: {inputs} -> {outputs}  {options}".rstrip())
-    click.echo("Datasets")
-    for name, dataset in plan.datasets.items():
-        click.echo(f"  {name}: {_where(name, dataset)}")
-    for section in ("deployment", "task_runner"):
-        for name, value in plan.config[section].items():
-            click.echo(f"{section}.{name}: {value}")
+    lines = [f"  {name}: {value}" for name, value in options.items()]
+    for number, layer in enumerate(layers, start=1):
+        lines.append(f"Layer {number}")
+        for node in layer:
+            task_options = _task_options(node, plan.config.tasks) or ""
+            inputs, outputs = (
+                ", ".join(names) or "nothing" for names in (node.inputs, node.outputs)
+            )
+            lines.append(f"  {node.name}: {inputs} -> {outputs}  {task_options}".rstrip())
+    lines.append("Datasets")
+    lines += [f"  {name}: {_where(name, dataset)}" for name, dataset in plan.datasets.items()]
+    for title, section in (("deployment", plan.section), ("task_runner", plan.config.task_runner)):
+        lines += [f"{title}.{name}: {value}" for name, value in section.items()]
+    click.echo(_without_credentials("\n".join(lines)))
+
+
+def _plain(text: str) -> str:
+    """Write a text in Markdown so that nothing in it is markup, and it stays in its table cell."""
+    # Backslashes, because the older UI decodes few entities.
+    return re.sub(
+        r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False)
+    )
+
+
+def _draw(pipeline: Pipeline) -> list[str]:
+    """Draw the pipeline in mermaid; nothing where it has more edges than that draws."""
+    ids = {node: f"n{number}" for number, node in enumerate(pipeline.nodes)}
+    labels = {node: html.escape(" ".join(node.name.replace("`", "'").split())) for node in ids}
+    needs = pipeline.node_dependencies.items()
+    edges = [f"{ids[before]} --> {ids[node]}" for node, all_ in needs for before in sorted(all_)]
+    nodes = [f'{ids[node]}["{labels[node]}"]' for node in ids]
+    return ["\n```mermaid\ngraph TD", *nodes, *edges, "```"] * (len(edges) <= MERMAID_EDGES)
 
 
 def _describe(plan: _Plan) -> str:
-    """Account for the pipeline in Markdown, with a graph that Prefect's UI draws."""
-    pipeline = plan.pipeline
-    ids = {node: f"n{number}" for number, node in enumerate(pipeline.nodes)}
-    edges = [
-        f"{ids[needed]} --> {ids[node]}"
-        for node, all_needed in pipeline.node_dependencies.items()
-        for needed in sorted(all_needed)
-    ]
-    graph = [*(f'{ids[node]}["{html.escape(node.name)}"]' for node in ids), *edges]
+    """Account for the pipeline in Markdown, with a graph; without values that may be secret."""
+    shown = plan.options | {"runtime_params": list(plan.options.get("runtime_params", ()))}
     return "\n".join(
         [
-            f"Kedro project **{plan.metadata.project_name}**, registered with\n",
-            *(f"- {name}: `{value}`" for name, value in plan.given.items()),
+            f"Kedro project **{_plain(plan.metadata.project_name)}**, registered with\n",
+            *(f"- {name}: {_plain(str(shown[name]))}" for name in plan.options),
             "\n| layer | node | inputs | outputs |\n|---|---|---|---|",
-            *(f"| {n} | `{node.name}` | `{i}` | `{o}` |" for n, node, i, o in _layers(plan)),
-            *(["\n```mermaid\ngraph TD", *graph, "```"] if len(edges) <= MERMAID_EDGES else ()),
+            *(
+                f"| {number} | {_plain(node.name)} | {'<br>'.join(map(_plain, node.inputs))}"
+                f" | {'<br>'.join(map(_plain, node.outputs))} |"
+                for number, layer in enumerate(plan.pipeline.grouped_nodes, start=1)
+                for node in layer
+            ),
+            *_draw(plan.pipeline),
         ]
     )
+
+
+def _sign(text: str) -> str:
+    """Add a line that nobody sees: it tells a description of ours from one that was edited."""
+    digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+    return f"{text}\n\n[register_prefect_flow.py]: # ({digest})"
+
+
+def _make_plan(
+    project: tuple[ProjectMetadata, _Config],
+    deployment: _Deployment,
+    section: Options,
+    with_catalog: bool,
+) -> _Plan:
+    """Check what a deployment runs; loading the catalog calls hooks."""
+    metadata, config = project
+    options = deployment.parameters
+    _check_environment(options)
+    pipeline = _load_pipeline(options)
+    _check_task_names(config.tasks)
+    datasets = _load_datasets(pipeline, options) if with_catalog else {}
+    return _Plan(metadata, pipeline, datasets, config, section, deployment)
 
 
 # ---- Nodes as tasks ----
 
 
-def kedro_task(node: Node, execution_config: dict[str, Any]) -> None:
-    """Run one node as Kedro does: load, run, save, with its hooks."""
-    _run_node(node, **execution_config)
+class _Run(NamedTuple):
+    """What the tasks of one run find by its key."""
+
+    nodes: dict[str, Node]
+    catalog: Any
+    hook_manager: Any
+    is_async: bool
+    run_id: str | None
+    errors: dict[str, BaseException]  # by node name, as they were raised
 
 
-def instantiate_task(
-    node: Node, execution_config: dict[str, Any], like: Task[[], None]
-) -> Task[[], None]:
+_runs: dict[str, _Run] = {}  # those that go on in this process
+_started: Counter[Any] = Counter()  # task runs, by flow run
+
+
+def _count_task_run() -> None:
+    context: Any = FlowRunContext.get()
+    if context:
+        _started[context.flow_run.id] += 1
+
+
+def _came_through(error: BaseException, *functions: Any) -> bool:
+    """Tell whether an exception was raised in one of these functions, or in what they called."""
+    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not codes.isdisjoint(function.__code__ for function in functions)
+
+
+def _text_of(error: BaseException) -> tuple[str, bool]:
+    """Return what an exception says, as text that can be written, and whether Prefect bears it."""
+    try:
+        text = str(error)
+    except Exception as broken:
+        return f"no text, for making it raises {type(broken).__name__}", False
+    writable = text.encode(errors="backslashreplace").decode()
+    return writable, writable == text and len(text) <= TEXT_SHOWN
+
+
+@contextmanager
+def _bearable_errors(*logged_by: Any) -> Iterator[None]:
+    """Put a stand-in with less text in the place of an exception whose text Prefect cannot bear.
+
+    Prefect prints and stores the text several times, and fails where it is no Unicode. All of it is
+    logged here, once: not if one of the given functions did so, of which Node.run logs no causes.
+    """
+    try:
+        yield
+    except Exception as error:
+        part: BaseException | None = error  # of the chain that a traceback shows
+        while part and _text_of(part)[1]:
+            part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
+        if part is None:
+            raise
+        if not _came_through(error, *logged_by) or (part is not error and Node.run in logged_by):
+            whole = "".join(traceback.format_exception(error))
+            whole = whole.encode(errors="backslashreplace").decode()
+            logging.getLogger("kedro").error("%s", whole)  # noqa: TRY400
+        text, _ = _text_of(error)
+        if len(text) > TEXT_SHOWN:
+            text = f"{text[:TEXT_SHOWN]}... (cut; the log has all {len(text)} characters)"
+        kind = type(type(error).__name__, (Exception,), {"__module__": type(error).__module__})
+        raise kind(text).with_traceback(error.__traceback__) from None
+
+
+def kedro_task(node_name: str, run_key: str) -> None:
+    """Run one node of a run as Kedro does: load, run, save, with its hooks."""
+    run = _runs[run_key]
+    node = run.nodes[node_name]
+    try:
+        _run_node(node, run.catalog, run.hook_manager, run.is_async, run.run_id)
+    except SystemExit as ended:  # a failure of this node, and no end of anything else
+        code, _ = _text_of(ended)
+        run.errors[node_name] = RuntimeError(f"Node '{node_name}' called sys.exit({code})")
+        raise run.errors[node_name] from ended
+    except (Exception, KeyboardInterrupt) as error:
+        run.errors[node_name] = error
+        raise
+
+
+def instantiate_task(node: Node, run_key: str, like: Task[[], None]) -> Task[[], None]:
     """Make the Prefect task that runs a node, under the node's name, with another's options."""
 
     def run_node_task() -> None:
-        kedro_task(node, execution_config)
+        with _bearable_errors(Node.run):  # which logs what a node's function raises
+            kedro_task(node.name, run_key)
 
     # Prefect reads and parses this file for each task that it makes: a copy takes 1/50 of the time.
     node_task = copy(like)
@@ -765,8 +1098,8 @@ def instantiate_task(
 
 def init_kedro_tasks_by_execution_layer(
     pipeline: Pipeline,
-    execution_config: dict[str, Any],
-    task_options: dict[str, dict[str, Any]] | None = None,
+    run_key: str,
+    task_options: dict[str, Options] | None = None,
     limited_tags: Iterable[str] = (),
 ) -> list[dict[Node, Task[[], None]]]:
     """Make a task for each node, in layers of nodes that need only nodes of earlier layers."""
@@ -778,9 +1111,28 @@ def init_kedro_tasks_by_execution_layer(
         key = repr(sorted(options.items()))
         if key not in made:  # without result there is nothing to hash, keep or look up
             made[key] = Task(fn=lambda: None, persist_result=False, **options)
-        return instantiate_task(node, execution_config, made[key])
+        return instantiate_task(node, run_key, made[key])
 
     return [{node: make(node) for node in layer} for layer in pipeline.grouped_nodes]
+
+
+# ---- PrefectRunner ----
+
+
+def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+    """Run a call of Prefect's client, whether or not the caller has an event loop."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        call = asyncio.wait_for(coroutine, timeout)
+        return thread.submit(contextvars.copy_context().run, asyncio.run, call).result()
+
+
+async def _read_limited_tags() -> set[str]:
+    """Ask the server which tags limit how many task runs may go on at once."""
+    limits: list[Any] = []
+    async with get_client() as client:
+        while page := await client.read_concurrency_limits(limit=200, offset=len(limits)):
+            limits += page
+    return {limit.tag for limit in limits}
 
 
 def _longest_path_first(pipeline: Pipeline) -> list[Node]:
@@ -792,13 +1144,47 @@ def _longest_path_first(pipeline: Pipeline) -> list[Node]:
     return sorted(behind, key=behind.__getitem__, reverse=True)
 
 
-async def _read_limited_tags() -> set[str]:
-    """Ask the server which tags limit how many task runs may go on at once."""
-    limits: list[Any] = []
-    async with get_client() as client:
-        while page := await client.read_concurrency_limits(limit=200, offset=len(limits)):
-            limits += page
-    return {limit.tag for limit in limits}
+class _Scheduler:
+    """Submits each task when the nodes it needs have ended, and yields what has ended.
+
+    A task behind a failed one is submitted as well: Prefect shows it as NotReady, and does not run
+    it.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, tasks: dict[Node, Any], submit: Any, max_workers: int
+    ) -> None:
+        self._tasks, self._submit, self._free = tasks, submit, max_workers
+        self._needed = pipeline.node_dependencies
+        self._nodes = pipeline.nodes if max_workers == 1 else _longest_path_first(pipeline)
+        self._position = {node: index for index, node in enumerate(self._nodes)}
+        self._sorter = TopologicalSorter(self._needed)
+        self._sorter.prepare()
+        self._ready: list[int] = []  # a heap of positions
+        self._futures: dict[Node, Any] = {}
+        self._ended: queue.SimpleQueue[Node] = queue.SimpleQueue()
+
+    def submit_ready(self) -> None:
+        """Submit what is ready, as far as there are free workers."""
+        for node in self._sorter.get_ready():
+            heapq.heappush(self._ready, self._position[node])
+        while self._ready and self._free:
+            node = self._nodes[heapq.heappop(self._ready)]
+            needed = sorted(self._needed[node], key=self._position.__getitem__)
+            self._free -= 1
+            _count_task_run()
+            future = self._submit(self._tasks[node], [self._futures[other] for other in needed])
+            self._futures[node] = future
+            _call_when_done(future, functools.partial(self._ended.put, node))
+
+    def __iter__(self) -> Iterator[tuple[Node, Any]]:
+        """Yield nodes and their futures as they end, until all have."""
+        self.submit_ready()
+        for _ in self._nodes:
+            node = self._ended.get()
+            self._free += 1
+            self._sorter.done(node)
+            yield node, self._futures[node]
 
 
 class PrefectRunner(SequentialRunner):
@@ -826,13 +1212,14 @@ class PrefectRunner(SequentialRunner):
         self,
         is_async: bool = False,
         max_workers: int | None = None,
-        task_options: dict[str, dict[str, Any]] | None = None,
+        task_options: dict[str, Options] | None = None,
     ) -> None:
         super().__init__(is_async=is_async)
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}, and has to be 1 or more")
         self._max_workers = max_workers or _default_max_workers()
         self._task_options = task_options
+        self._outputs: dict[str, str] = {}  # where each lives, after a run
 
     @property
     def _logger(self) -> logging.Logger:
@@ -840,105 +1227,90 @@ class PrefectRunner(SequentialRunner):
         return logging.getLogger("kedro.runner.prefect_runner")
 
     def _run(
-        self,
-        pipeline: Pipeline,
-        catalog: Any,
-        hook_manager: Any = None,
-        run_id: str | None = None,
+        self, pipeline: Pipeline, catalog: Any, hook_manager: Any = None, run_id: str | None = None
     ) -> None:
         """Run the nodes, and raise the exception of the first one that failed."""
-        config = {
-            "catalog": catalog,
-            "hook_manager": hook_manager,
-            "is_async": self._is_async,
-            "run_id": run_id,
-        }
         # Every tag of a task run costs a call to the server: use only those that do something.
         used_tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
         tags = used_tags & _call_api(_read_limited_tags()) if used_tags else used_tags
-        layers = init_kedro_tasks_by_execution_layer(pipeline, config, self._task_options, tags)
-        tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
+        nodes, key = {node.name: node for node in pipeline.nodes}, uuid.uuid4().hex
+        _runs[key] = run = _Run(nodes, catalog, hook_manager, self._is_async, run_id, errors={})
+        try:
+            layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options, tags)
+            tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
+            with _task_runner(self._max_workers) as submit:
+                scheduler = _Scheduler(pipeline, tasks, submit, self._max_workers)
+                self._follow(scheduler, run, pipeline)
+        finally:
+            del _runs[key]
+        outputs = sorted(pipeline.outputs())
+        self._outputs = {name: _where(name, _get_dataset(catalog, name)) for name in outputs}
 
+    def _follow(self, scheduler: _Scheduler, run: _Run, pipeline: Pipeline) -> None:
+        """Do all that follows from a node's end, until all have ended."""
         load_counts = Counter(chain.from_iterable(node.inputs for node in pipeline.nodes))
         kept = pipeline.inputs() | pipeline.outputs()
-
-        def release(node: Node) -> None:
-            """Release what this node was the last to need, as Kedro's own runners do."""
-            load_counts.subtract(node.inputs)
-            for name in {*node.inputs, *node.outputs} - kept:
-                if load_counts[name] < 1:
-                    catalog.release(name)
-
         done_nodes: list[Node] = []
-        failed: list[Any] = []
-        for node, future in self._run_tasks(pipeline, tasks, release):
-            if not _final_state(future).is_completed():
-                failed.append(future)
+        failed: list[tuple[Node, Any]] = []
+        for node, future in scheduler:
+            if isinstance(run.errors.get(node.name), KeyboardInterrupt):
+                raise run.errors[node.name]
+            if completed := _final_state(future).is_completed():
+                load_counts.subtract(node.inputs)  # and release, as Kedro's own runners do
+                for name in {*node.inputs, *node.outputs} - kept:
+                    if load_counts[name] < 1:
+                        run.catalog.release(name)
+            scheduler.submit_ready()  # before anybody logs something
+            if not completed:
+                failed.append((node, future))
                 continue
             done_nodes.append(node)
             self._logger.info("Completed node: %s", node.name)
-            self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(tasks))
+            self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(run.nodes))
         if failed:
-            self._suggest_resume_scenario(pipeline, done_nodes, catalog)
-            failed[0].result()  # raises: it ended first, so it is no node that waited for another
-            raise RuntimeError(f"A task run ended as {_final_state(failed[0]).name}")
-
-    def _run_tasks(
-        self,
-        pipeline: Pipeline,
-        tasks: dict[Node, Task[[], None]],
-        release: Callable[[Node], None],
-    ) -> Iterator[tuple[Node, Any]]:
-        """Submit each task when the nodes it needs have ended; yield nodes and futures as they end.
-
-        A task behind a failed one is submitted as well: Prefect does not run it, and shows it as
-        NotReady.
-        """
-        needed = pipeline.node_dependencies
-        nodes = pipeline.nodes if self._max_workers == 1 else _longest_path_first(pipeline)
-        position = {node: index for index, node in enumerate(nodes)}
-        sorter = TopologicalSorter(needed)
-        sorter.prepare()
-        ready: list[int] = []  # a heap of positions
-        futures: dict[Node, Any] = {}
-        ended: queue.SimpleQueue[Node] = queue.SimpleQueue()
-
-        def submit_ready(running: int) -> None:
-            for node in sorter.get_ready():
-                heapq.heappush(ready, position[node])
-            for _ in range(min(len(ready), self._max_workers - running)):
-                node = nodes[heapq.heappop(ready)]
-                wait_for = [futures[n] for n in sorted(needed[node], key=position.__getitem__)]
-                futures[node] = submit(tasks[node], wait_for)
-                _call_when_done(futures[node], lambda node=node: ended.put(node))  # type: ignore[misc]
-
-        with _task_runner(self._max_workers) as submit:
-            submit_ready(running=0)
-            for count in range(1, len(nodes) + 1):
-                node = ended.get()
-                if _final_state(futures[node]).is_completed():
-                    release(node)
-                sorter.done(node)
-                submit_ready(running=len(futures) - count)  # before anybody logs something
-                yield node, futures[node]
+            self._suggest_resume_scenario(pipeline, done_nodes, run.catalog)
+            node, future = failed[0]  # it ended first, so it is no node that waited for another
+            if node.name in run.errors:
+                raise run.errors[node.name]
+            future.result()  # raises
+            raise RuntimeError(f"A task run ended as {_final_state(future).name}")
 
 
-# ---- The flow ----
+# ---- Flow ----
 
 
 @task(persist_result=False)
-def kedro_init(parameters: dict[str, Any]) -> Any:
+def kedro_init(options: Options) -> Any:
     """Bootstrap the project, and make the Kedro session and the runner of this flow run."""
+    _count_task_run()
     logger = get_run_logger()
     logger.info("Bootstrapping project")
-    metadata = _bootstrap(PROJECT_PATH)
-    _print_plain_lines()
-    _request_pipelines(_pipeline_names(parameters))
-    _check_parameters(parameters)
-    session = _create_session(parameters)
-    config = _load_config(session, parameters)
+    with _bearable_errors():
+        metadata = _bootstrap(PROJECT_PATH)
+        _request_pipelines(_pipeline_names(options))
+        _check_environment(options)
+        _load_pipeline(options)
+        session = _open_session(options)
+        config = _read_config(session, options)
     logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
-    return session, PrefectRunner(**config["task_runner"], task_options=config["tasks"])
+    return session, PrefectRunner(**config.task_runner, task_options=config.tasks)
+
+
+def _run_pipeline(options: Options) -> dict[str, str]:
+    """Do what `kedro run` does, and return where each output lives."""
+    get_run_logger().info("Initializing Kedro...")
+    with _bearable_errors(kedro_task, kedro_init.fn):
+        initialized: Any = kedro_init(options)
+        session, runner = initialized
+        try:
+            with session:
+                _run_session(session, runner, options)
+        except Exception as error:
+            if not _came_through(error, kedro_task) and (message := _explain(error, options)):
+                raise click.ClickException(message) from error
+            raise
+    outputs: dict[str, str] = runner._outputs
+    return outputs
 
 
 def _flow_name() -> str:
@@ -949,7 +1321,9 @@ def _flow_name() -> str:
         return "my_flow"
 
 
-@flow(name=_flow_name())
+# Prefect stores the exception that ends a flow: as JSON that is its class and message, and not all
+# that it refers to.
+@flow(name=_flow_name(), persist_result=False, result_serializer="json")
 def my_flow(
     pipeline_name: str = "__default__",
     env: str = "base",
@@ -964,14 +1338,13 @@ def my_flow(
     load_versions: dict[str, str] = {},
     only_missing_outputs: bool = False,
     conf_source: str = "",
-) -> None:
+) -> dict[str, str]:
     """Run a Kedro pipeline, each of its nodes as a Prefect task.
 
     Args:
-        pipeline_name (str): The registered pipeline to run. Default: `__default__`.
+        pipeline_name (str): Pipeline to run, or several: a,b (Kedro 1.2). Default: `__default__`.
         env (str): The Kedro configuration environment, a folder of `conf`. Default: `base`.
-        runtime_params (dict): Values that win over the project's parameters, nested as these are.
-            Default: none.
+        runtime_params (dict): Values that win over parameters, nested as these are. Default: none.
         tags (list): Run only nodes with at least one of these Kedro tags. Default: all.
         node_names (list): Run only these nodes. Default: all.
         from_nodes (list): Run only these nodes and those behind them. Default: all.
@@ -980,187 +1353,201 @@ def my_flow(
         to_outputs (list): Run only what these datasets need. Default: all.
         namespaces (list): Run only nodes in these namespaces; before Kedro 1.0 one. Default: all.
         load_versions (dict): From versioned dataset to the version to load. Default: the newest.
-        only_missing_outputs (bool): Skip nodes whose outputs are there; needs Kedro 1.0. Default:
-            false.
-        conf_source (str): Folder, archive or URL of the configuration; a path is relative to the
-            project. Default: the project's own.
+        only_missing_outputs (bool): Skip nodes whose outputs are there (Kedro 1.0). Default: false.
+        conf_source (str): Folder, archive or URL of the configuration. Default: the project's own.
     """
-    parameters = locals()
-    get_run_logger().info("Initializing Kedro...")
-    initialized: Any = kedro_init(parameters)
-    session, runner = initialized
-    with session:
-        _run_session(session, runner, parameters)
+    return _run_pipeline(locals())
 
 
 # ---- Deployment ----
 
 
+async def _ask_server() -> None:
+    async with get_client() as client:
+        if error := await client.api_healthcheck():
+            raise error
+        await client.read_flows(limit=1)  # anybody may ask for its health, but not for this
+
+
 def _reach_server() -> None:
     """Refuse to register on a server that does not answer, or on none."""
-    url = PREFECT_API_URL.value()
     remedy = (
         "Start one with `prefect server start`, and name it with"
         " `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`."
     )
+    url = PREFECT_API_URL.value()
     if not url:
         raise click.ClickException(f"No Prefect server: PREFECT_API_URL is not set. {remedy}")
+    with _server_errors(f"No Prefect server at {_without_credentials(url)}", remedy):
+        _call_api(_ask_server(), SERVER_TIMEOUT)
+
+
+async def _read_work_pool(client: Any, name: str, queue_name: str) -> Any:
+    """Return a work pool that has the queue: Prefect would make one that nobody serves."""
+    quoted, quoted_queue = shlex.quote(name), shlex.quote(queue_name)
     try:
-        _call_api(asyncio.wait_for(_check_health(), SERVER_TIMEOUT))
-    except Exception as error:
-        reason = str(error) or f"no answer within {SERVER_TIMEOUT} s"
-        raise click.ClickException(f"No Prefect server at {url}: {reason}. {remedy}") from error
-
-
-async def _check_health() -> None:
-    async with get_client() as client:
-        if error := await client.api_healthcheck():
-            raise error
-
-
-async def _look_up(full_name: str, pool: tuple[Any, ...] | None) -> tuple[Any | None, Any | None]:
-    """Return the deployment, where there is one, and the work pool, where one is asked for."""
-    async with get_client() as client:
-        try:
-            existing = await client.read_deployment_by_name(full_name)
-        except ObjectNotFound:
-            existing = None
-        return existing, await _find_work_pool(client, *pool) if pool else None
-
-
-async def _find_work_pool(
-    client: Any, pool_name: str, queue_name: str, pool_type: str | None, dry: bool
-) -> Any:
-    """Return the work pool, after checking or making it and its queue."""
-    try:
-        pool = await client.read_work_pool(pool_name)
+        pool = await client.read_work_pool(name)
     except ObjectNotFound:
-        pool = await _create_work_pool(client, pool_name, pool_type, dry)
-        existing = ["default"]  # each pool is born with this queue
-    else:
-        queues = await client.read_work_queues(work_pool_name=pool_name)
-        existing = [work_queue.name for work_queue in queues]
-    _check_work_pool(pool, pool_type)
-    if queue_name not in existing:
-        await _create_work_queue(client, pool_name, queue_name, existing, pool_type, dry)
+        pools = [pool.name for pool in await client.read_work_pools()]
+        raise click.ClickException(
+            f"There is no work pool '{name}'." + _close_matches(name, pools, "work pools")
+            + f" Create it: prefect work-pool create --type {_SUGGESTED_POOL_TYPE} {quoted}"
+        ) from None  # fmt: skip
+    if pool.type == "prefect-agent" != _AGENT_POOL_TYPE:
+        raise click.ClickException(
+            f"Work pool '{name}' is for agents, which Prefect 3 does not have. Create one for"
+            " workers: prefect work-pool create --type process <another name>"
+        )
+    queues = [queue.name for queue in await client.read_work_queues(work_pool_name=name)]
+    if queue_name not in queues:
+        raise click.ClickException(
+            f"Work pool '{name}' has no queue '{queue_name}'."
+            + _close_matches(queue_name, queues, "queues")
+            + f" Create it: prefect work-queue create --pool {quoted} {quoted_queue}"
+        )
+    if pool.is_paused:
+        resume = f"prefect work-pool resume {quoted}"
+        click.echo(f"Warning: work pool '{name}' is paused. No run starts before: {resume}")
     return pool
 
 
-async def _create_work_pool(client: Any, name: str, pool_type: str | None, dry: bool) -> Any:
-    from prefect.workers.utilities import (
-        get_available_work_pool_types,
-        get_default_base_job_template_for_infrastructure_type,
+def _timing(schedule: Any, names: Iterable[str]) -> list[str]:
+    """Return what can be compared of a schedule from prefect.yml and one on the server."""
+    values = [str(getattr(schedule, name, None) or "UTC") for name in sorted(names)]
+    # The server adds the start that a rule without one has.
+    return [value.removeprefix("DTSTART:20200101T000000\n") for value in values]
+
+
+def _merge_schedules(wanted: list[Any], existing: Any) -> list[Any] | None:
+    """Make the schedules; None where the deployment has just these: they keep starts and pauses."""
+    found, made = _schedules(existing), []
+    changed = len(found) != len(wanted)
+    for schedule, names, others in wanted:
+        timing = _timing(schedule, names)
+        same = next((one for one in found if _timing(one.schedule, names) == timing), None)
+        kept = {n: getattr(same, n, None) for n in ("active", "parameters", "slug")}
+        kept = {name: value for name, value in kept.items() if value is not None}
+        changed |= not same or kept != kept | others
+        fields = {"schedule": same.schedule if same else schedule, "active": True}
+        made.append(_make_schedule(**fields | kept | others))
+    return made if changed else None
+
+
+def _complete(plan: _Plan, level: str | None) -> _Deployment:
+    """Add what depends on the deployment that is there; what nobody sets stays as it is."""
+    wanted, existing = plan.deployment, plan.existing
+    described = wanted.description
+    old = getattr(existing, "description", None) or ""
+    if described is None and (not old or _sign(old.rpartition("\n\n")[0]) == old):
+        described = _sign(_describe(plan))
+    default = {"env": {"PREFECT_LOGGING_LEVEL": "DEBUG"}}
+    on_line = {"env": {"PREFECT_LOGGING_LEVEL": level}} if level else {}
+    return wanted._replace(
+        description=described,
+        parameters=plan.options,
+        version=wanted.version or (None if existing else "1.0"),
+        schedules=_merge_schedules(wanted.schedules, existing) if wanted.schedules else None,
+        job_variables=_merge(default, _job_variables(existing), wanted.job_variables, on_line),
     )
 
-    if not pool_type:
-        raise click.ClickException(
-            f"There is no work pool '{name}' on {client.api_url}."
-            + _close_matches(name, [p.name for p in await client.read_work_pools()], "work pools")
-            + f" Create it: prefect work-pool create --type {_SUGGESTED_POOL_TYPE} "
-            f"{shlex.quote(name)} (or add: --work_pool_type {_SUGGESTED_POOL_TYPE})"
-        )
-    template = await get_default_base_job_template_for_infrastructure_type(pool_type)
-    if template is None and pool_type not in _AGENT_POOL_TYPES:
-        known = {*await get_available_work_pool_types(), *_AGENT_POOL_TYPES}
-        raise click.ClickException(
-            f"There is no work pool type '{pool_type}'."
-            + _close_matches(pool_type, known, "types known here")
-        )
-    pool = WorkPoolCreate(name=name, type=pool_type, base_job_template=template or {})
-    click.echo(f"{'Would create' if dry else 'Creating'} work pool '{name}' ({pool_type}).")
-    return pool if dry else await client.create_work_pool(pool)
+
+async def _look_up(plan: _Plan, level: str | None, serve: bool) -> _Plan:
+    """Complete a deployment by what is on the server; check that pool and blocks are there."""
+    deployment = plan.deployment
+    async with get_client() as client:
+        with suppress(ObjectNotFound):
+            existing = await client.read_deployment_by_name(plan.full_name)
+            plan = plan._replace(existing=existing)
+        complete = _complete(plan, level)
+        if serve:
+            if unused := ", ".join(sorted({"path", "source", "work_pool"} & plan.section.keys())):
+                click.echo(f"Note: --serve runs in this process and folder, without {unused}.")
+            return plan._replace(deployment=complete)
+        used = getattr(plan.existing, "work_pool_name", None)
+        name = deployment.work_pool_name or used or "default"
+        used_queue = plan.existing.work_queue_name if used == name else None
+        queue_name = deployment.work_queue_name or used_queue or "default"
+        pool = await _read_work_pool(client, name, queue_name)
+        try:  # as a run will
+            await resolve_block_document_references(deployment.pull_steps, client=client)
+        except (ObjectNotFound, ValueError) as error:
+            source = _without_credentials(str(plan.section["source"]))
+            raise click.ClickException(
+                f"prefect.yml: deployment.source needs a block that is not there: {source} {error}"
+            ) from error
+    complete = complete._replace(work_pool_name=name, work_queue_name=queue_name)
+    return plan._replace(deployment=complete, pool=pool)
 
 
-def _check_work_pool(pool: Any, pool_type: str | None) -> None:
-    if pool.type == "prefect-agent" and not _AGENT_POOL_TYPES:
-        raise click.ClickException(
-            f"Work pool '{pool.name}' is for agents, which Prefect 3 does not have. Create one for"
-            " workers: prefect work-pool create --type process <another name>"
-        )
-    if pool_type and pool.type != pool_type:
-        raise click.ClickException(
-            f"Work pool '{pool.name}' exists, with type {pool.type}, not {pool_type}: leave out"
-            " --work_pool_type, or choose another --work_pool_name."
-        )
-    if pool.is_paused:
-        resume = f"prefect work-pool resume {shlex.quote(pool.name)}"
-        click.echo(f"Warning: work pool '{pool.name}' is paused. No run starts before: {resume}")
+def _offer(choices: dict[str, list[str]]) -> None:
+    """Let Prefect 3's form offer what there is now, and take any other name: there may be new."""
+    if _PREFECT_3:
+        from pydantic import Field
+
+        for name, names in choices.items():
+            known: Any = Annotated[Literal[tuple(names)], Field(title="one of these")]
+            my_flow.fn.__annotations__[name] = known | Annotated[str, Field(title="any other")]
 
 
-async def _create_work_queue(
-    client: Any, pool_name: str, name: str, existing: list[str], pool_type: str | None, dry: bool
-) -> None:
-    """Make a queue, if asked to: Prefect would, without a word, and no worker would serve it."""
-    if not pool_type:
-        raise click.ClickException(
-            f"Work pool '{pool_name}' has no queue '{name}'."
-            + _close_matches(name, existing, "queues")
-            + f" Create it: prefect work-queue create --pool {shlex.quote(pool_name)} "
-            f"{shlex.quote(name)} (or add: --work_pool_type {_SUGGESTED_POOL_TYPE})"
-        )
-    click.echo(f"{'Would create' if dry else 'Creating'} work queue '{name}'.")
-    if not dry:
-        await client.create_work_queue(name=name, work_pool_name=pool_name)
+def _place(pull_steps: list[Options] | None) -> str:
+    """Say where the runs of a deployment find the project."""
+    arguments: dict[str, str] = next(chain.from_iterable(s.values() for s in pull_steps or ()), {})
+    return _without_credentials(arguments.get("directory") or arguments.get("repository") or "")
 
 
-def _is_scheduled(schedule: Any, existing: Any) -> bool:
-    """Tell whether a deployment has just this schedule: it then keeps its start and its pause."""
-
-    def timing(schedule: Any) -> list[str]:
-        times = [getattr(schedule, name, None) for name in ("cron", "interval", "rrule")]
-        zone = getattr(schedule, "timezone", None) or "UTC"
-        # The server adds the start that a rule without one has.
-        return [str(time).removeprefix("DTSTART:20200101T000000\n") for time in (*times, zone)]
-
-    return [timing(found.schedule) for found in _schedules(existing)] == [timing(schedule)]
-
-
-def _deployment_options(plan: _Plan, existing: Any) -> dict[str, Any]:
-    """Turn the plan and its prefect.yml into options of a deployment."""
-    settings = plan.config["deployment"]
-    options: dict[str, Any] = {"parameters": plan.given, "choices": plan.choices}
-    names = settings.keys() & {"tags", "concurrency_limit", "paused"}
-    options |= {name: settings[name] for name in names}
-    options["description"] = settings.get("description") or _describe(plan)
-    schedule = _read_schedule(settings)
-    if schedule and not (existing and _is_scheduled(schedule, existing)):
-        options["schedule"] = schedule
-    return options
-
-
-def _print_next_steps(deployment_id: Any, full_name: str, pool: Any, queue_name: str) -> None:
-    kind = "agent" if pool.type in _AGENT_POOL_TYPES else "worker"
-    target = f"--pool {shlex.quote(pool.name)} --work-queue {shlex.quote(queue_name)}"
+def _print_next_steps(plan: _Plan, deployment_id: Any) -> None:
+    kind = "agent" if plan.pool.type == _AGENT_POOL_TYPE else "worker"
+    queue_name = shlex.quote(plan.deployment.work_queue_name or "")
+    where = f"--pool {shlex.quote(plan.pool.name)} --work-queue {queue_name}"
     ui = (PREFECT_UI_URL.value() or "").rstrip("/")
-    click.echo(f"Registered deployment '{full_name}' with id {deployment_id}")
     click.echo(f"  see it:         {ui}/deployments/deployment/{deployment_id}")
-    click.echo(f"  start {kind + ':':<9} prefect {kind} start {target}")
-    click.echo(f"  start a run:    prefect deployment run {shlex.quote(full_name)}")
+    click.echo(f"  start {kind + ':':<9} prefect {kind} start {where}")
+    click.echo(f"  start a run:    prefect deployment run {shlex.quote(plan.full_name)}")
+
+
+def _register(plans: list[_Plan]) -> None:
+    """Create or update deployments, a line of outcome for each."""
+    for number, plan in enumerate(plans, start=1):
+        deployment, existing = plan.deployment, plan.existing
+        rest = "".join(f" Not registered either: {later.full_name}." for later in plans[number:])
+        with _server_errors(f"Deployment '{plan.full_name}' is not registered", rest):
+            for_agent = plan.pool.type == _AGENT_POOL_TYPE
+            save = _save_deployment(my_flow, deployment, existing, for_agent)
+            deployment_id = _call_api(save, REGISTER_TIMEOUT)
+        click.echo(f"Registered deployment '{plan.full_name}' with id {deployment_id}")
+        before, now = _place(existing and existing.pull_steps), _place(deployment.pull_steps)
+        if before not in ("", now):
+            click.echo(f"  until now it ran in {before}, from now on in {now}")
+        if len(plans) == 1:
+            _print_next_steps(plan, deployment_id)
+
+
+def _serve(plan: _Plan) -> None:
+    """Register a deployment, and run what is asked of it in processes of this one's."""
+    from prefect.deployments.runner import DeploymentApplyError
+    from prefect.flows import serve
+
+    served: Any = my_flow.to_deployment(plan.deployment.name)
+    fields = plan.deployment._replace(work_pool_name=None, work_queue_name=None).fields()
+    del fields["pull_steps"], fields["job_variables"]
+    for name, value in fields.items():
+        setattr(served, name, value)
+    # What is not set stays as it is on the server.
+    served.model_fields_set.intersection_update({"name", "flow_name", *fields})
+    try:
+        serve(served)
+    except DeploymentApplyError as error:
+        raise click.ClickException(f"'{plan.full_name}' is not registered: {error}") from error
 
 
 # ---- Command line ----
 
 
-def _run_now(plan: _Plan) -> None:
-    """Run the flow in this process; exit code 1 if it fails."""
-    if PREFECT_API_URL.value():  # without one, Prefect starts its embedded server
-        _reach_server()
-    with temporary_settings(set_defaults=_RUN_SETTINGS):
-        state: Any = my_flow(**plan.parameters, return_state=True)
-        task_runs = len(plan.pipeline.nodes) + 1  # and kedro_init
-        _call_api(_await_recording(state.state_details.flow_run_id, task_runs))
-    if not state.is_completed():
-        raise click.ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
-    click.echo("The flow run has completed. Its outputs:")
-    for name in sorted(plan.pipeline.outputs()):
-        click.echo(f"  {name}: {_where(name, plan.datasets[name])}")
+async def _await_recording(flow_run_id: Any, patience: float) -> None:
+    """Wait for the embedded server of Prefect 3, which records task runs later than they end.
 
-
-async def _await_recording(flow_run_id: Any, expected: int, patience: float = 10) -> None:
-    """Wait for the server of Prefect 3, which records task runs later than they end.
-
-    The embedded server stops with this process, and loses what it has not recorded. Gives up when
-    nothing has changed for `patience` seconds.
+    It stops with this process, and loses what it has not recorded. Gives up when nothing has
+    changed for `patience` seconds.
     """
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
@@ -1168,7 +1555,7 @@ async def _await_recording(flow_run_id: Any, expected: int, patience: float = 10
     loop = asyncio.get_running_loop()
     recorded, changed = -1, loop.time()
     async with get_client() as client:
-        while recorded < expected and loop.time() - changed < patience:
+        while recorded < _started[flow_run_id] and loop.time() - changed < patience:
             states: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
             offset = 0
             while page := await client.read_task_runs(flow_run_filter=this_run, offset=offset):
@@ -1180,38 +1567,85 @@ async def _await_recording(flow_run_id: Any, expected: int, patience: float = 10
             await asyncio.sleep(0.2)
 
 
-def _is_given(context: click.Context, option: str) -> bool:
-    return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+@contextmanager
+def _interruptible(server: Any) -> Iterator[None]:
+    """Let the first Ctrl-C end a run in order, and a second one this process at once."""
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, end)
+        text = b"Stopping: no other node starts. Waiting for those that run;"
+        os.write(2, text + b" Ctrl-C again ends at once.\n")  # it may have come in a print
+        raise KeyboardInterrupt
+
+    def end(*_: Any) -> None:
+        if server:
+            server.kill()
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _job_variables(
-    context: click.Context, logging_level: str, variables: dict[str, Any]
-) -> dict[str, Any]:
-    """Add the logging level to the job variables; the command line wins over prefect.yml."""
-    level, env = {"PREFECT_LOGGING_LEVEL": logging_level}, variables.get("env", {})
-    return {**variables, "env": env | level if _is_given(context, "logging_level") else level | env}
+def _run_now(plan: _Plan) -> None:
+    """Run the flow in this process; exit code 1 if it fails, 130 if Ctrl-C ends it."""
+    has_server = bool(PREFECT_API_URL.value())  # without, Prefect starts its embedded one
+    if has_server:
+        _reach_server()
+    state: Any = None
+    with (
+        nullcontext() if has_server else _embedded_server() as server,
+        _interruptible(server),
+    ):
+        with suppress(KeyboardInterrupt):
+            state = my_flow(**plan.deployment.parameters, return_state=True)
+        if server and _started:
+            _call_api(_await_recording(next(reversed(_started)), patience=10 if state else 2))
+    if state is None:
+        click.echo("Stopped by Ctrl-C.", err=True)
+        sys.exit(130)
+    if not state.is_completed():
+        raise click.ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
+    click.echo("The flow run has completed. Its outputs:")
+    for name, where in state.result().items():
+        click.echo(f"  {name}: {where}")
 
 
-def _check_usage(context: click.Context, deployment_name: str, run: bool, serve: bool) -> None:
+def _check_usage(given: Options, deployment_name: str) -> None:
     """Refuse what Prefect would refuse, and options that would do nothing."""
-    if not deployment_name or re.search(r"[/%&<>]", deployment_name):
-        raise click.ClickException(
-            f"Deployment name '{deployment_name}' is refused by Prefect: it must not be empty, and"
-            " must not contain / % & < or >. Choose another --deployment_name."
-        )
-    if run and serve:
-        raise click.UsageError("--run and --serve exclude each other.")
-    if serve and not _CAN_SERVE:
+    _check_name(deployment_name)
+    how = [name for name in ("run", "serve", "all_deployments") if name in given]
+    if len(how) > 1 or ("all_deployments" in given and "deployment_name" in given):
+        names = " and ".join(f"--{name}" for name in [*how, "deployment_name"][:2])
+        raise click.UsageError(f"{names} exclude each other.")
+    if "serve" in given and not _PREFECT_3:
         raise click.UsageError(
             f"--serve needs Prefect 3, and this is Prefect {prefect.__version__}: register with"
             " --work_pool_name, and start a worker or an agent."
         )
-    for option in ("work_pool_name", "work_queue_name", "work_pool_type", "logging_level"):
-        if (run or serve) and _is_given(context, option):
+    for option in ("work_pool_name", "work_queue_name", "logging_level"):
+        if option in given and given.keys() & {"run", "serve"}:
             raise click.UsageError(
-                f"--{option} is for work pools: leave it out with --{'run' if run else 'serve'}."
+                f"--{option} is for work pools: leave it out with --{how[0]}."
                 + (" Set PREFECT_LOGGING_LEVEL instead." if option == "logging_level" else "")
             )
+
+
+def _choose_sections(config: _Config, given: Options, name: str) -> Options:
+    """Return what prefect.yml says of the deployments that are asked for, by name."""
+    if "run" in given and "deployment_name" not in given:
+        return {name: {}}
+    sections = _deployment_sections(config)
+    if "all_deployments" in given:
+        if not sections:
+            raise click.ClickException("--all_deployments: prefect.yml has none under deployments.")
+        return sections
+    if sections and name not in sections:
+        note = f"Note: prefect.yml has no deployment '{name}': only its section deployment holds."
+        click.echo(note + _close_matches(name, sections, "deployments"))
+    return {name: sections.get(name, config.deployment)}
 
 
 _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; form; meaning
@@ -1233,7 +1667,7 @@ _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; fo
 def _kedro_run_options(command: Any) -> Any:
     """Add the options of `kedro run` that become flow parameters."""
     for name, spelling, parse, form, about in reversed(_KEDRO_RUN_OPTIONS):
-        options: dict[str, Any] = {"callback": parse, "metavar": form, "help": about}
+        options: Options = {"callback": parse, "metavar": form, "help": about}
         names = (name, *spelling.split())
         command = click.option(*names, default="", show_default=False, **options)(command)
     return command
@@ -1241,25 +1675,25 @@ def _kedro_run_options(command: Any) -> Any:
 
 # Kedro's recipe spells its options with underscores, most other commands with hyphens: both do.
 @click.command(
+    epilog=f"register_prefect_flow.py {__version__}",
     context_settings={
         "show_default": True,
         "token_normalize_func": lambda name: name.replace("-", "_"),
-    }
+    },
 )
 @click.option(
-    "-p", "--pipeline", "pipeline_name", default="__default__", help="Registered pipeline to run."
-)
+    "-p", "--pipeline", "--pipelines", "pipeline_name", default="__default__",
+    help="Registered pipeline to run, or several: a,b (Kedro 1.2).",
+)  # fmt: skip
 @click.option(
     "-e", "--env", default="base", envvar="KEDRO_ENV", help="Kedro environment; or set KEDRO_ENV."
 )
 @_kedro_run_options
 @click.option("--only-missing-outputs", is_flag=True, help="Only nodes whose outputs are missing.")
 @click.option("--deployment_name", default="example", help="Deployment to create or update.")
+@click.option("--all_deployments", is_flag=True, help="Each deployment that prefect.yml describes.")
 @click.option("--work_pool_name", default="default", help="Work pool that runs are sent to.")
 @click.option("--work_queue_name", default="default", help="Queue in the work pool.")
-@click.option(
-    "--work_pool_type", metavar="TYPE", help="Create a missing pool with this type, and its queue."
-)
 @click.option("--version", default="1.0", help="Version of the deployment.")
 @click.option(
     "--logging_level",
@@ -1272,49 +1706,35 @@ def _kedro_run_options(command: Any) -> Any:
 @click.option("--dry_run", is_flag=True, help="Check everything, show the plan, change nothing.")
 @click.pass_context
 def prefect_deploy(
-    context: click.Context,
-    /,
-    deployment_name: str,
-    work_pool_name: str,
-    work_queue_name: str,
-    work_pool_type: str | None,
-    version: str,
-    logging_level: str,
-    run: bool,
-    serve: bool,
-    dry_run: bool,
-    **parameters: Any,
+    context: click.Context, /, deployment_name: str, run: bool, serve: bool, dry_run: bool, **_: Any
 ) -> None:
     """Register a Kedro pipeline as a Prefect deployment, or run it as a flow."""
-    _check_usage(context, deployment_name, run, serve)
-    plan = _check_project(parameters)
-    settings = plan.config["deployment"]
-    if dry_run:
+    default = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+    given = {
+        k: v for k, v in context.params.items() if context.get_parameter_source(k) not in default
+    }
+    _check_usage(given, deployment_name)
+    options = {name: context.params[name] for name in _PARAMETERS}
+    project = _load_project(options)
+    sections = _choose_sections(project[1], given, deployment_name)
+    with_catalog = dry_run or not run  # a run loads it itself, and calls the hooks once
+    plans = [
+        _make_plan(project, _read_deployment(name, section, given, options), section, with_catalog)
+        for name, section in sections.items()
+    ]
+    for plan in plans if dry_run else ():
         _print_plan(plan)
     if run:
-        return None if dry_run else _run_now(plan)
+        return None if dry_run else _run_now(plans[0])
     _reach_server()
-    full_name = f"{plan.metadata.package_name}/{deployment_name}"
-    pool_options = (work_pool_name, work_queue_name, work_pool_type, dry_run)
-    existing, pool = _call_api(_look_up(full_name, None if serve else pool_options))
-    options = {
-        "flow": my_flow,
-        "name": deployment_name,
-        "version": version,
-        **_deployment_options(plan, existing),
-    }
-    if serve:
-        return None if dry_run else _serve(options)
+    with _server_errors("Nothing is registered"):
+        level = given.get("logging_level")
+        plans = [_call_api(_look_up(plan, level, serve), SERVER_TIMEOUT) for plan in plans]
     if dry_run:
         return None
-    options |= {
-        "work_pool_name": work_pool_name,
-        "work_queue_name": work_queue_name,
-        "job_variables": _job_variables(context, logging_level, settings.get("job_variables", {})),
-    }
-    path = settings.get("path", str(PROJECT_PATH))
-    deployment_id = _register(existing, path, _read_source(settings), options)
-    return _print_next_steps(deployment_id, full_name, pool, work_queue_name)
+    environments = _list_environments(Path(_locate_conf(options))) or [options["env"]]
+    _offer({"pipeline_name": list(pipelines), "env": environments})
+    return _serve(plans[0]) if serve else _register(plans)
 
 
 if __name__ == "__main__":

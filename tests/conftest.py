@@ -45,6 +45,7 @@ from tiny_project import write_tiny_project  # noqa: E402
 
 PREFECT_3 = int(prefect.__version__.split(".")[0]) >= 3
 DOCUMENTED = prefect.__version__ == "2.10.17"
+KEDRO_OLD = kedro.__version__.startswith("0.18")
 KEDRO_1 = int(kedro.__version__.split(".")[0]) >= 1
 MemoryDataset = getattr(kedro.io, "MemoryDataset", None) or kedro.io.MemoryDataSet  # 0.18.12
 POOL_TYPE = "prefect-agent" if DOCUMENTED else "process"

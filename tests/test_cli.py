@@ -104,7 +104,9 @@ def test_unknown_node(project: Path) -> None:
 
 
 def test_version_of_an_unknown_dataset(project: Path) -> None:
-    message = refused(project, None, "--run", "--load-versions", "rapport:2020-01-01T00.00.00.000Z")
+    message = refused(
+        project, None, "--run", "--dry_run", "--load-versions", "rapport:2020-01-01T00.00.00.000Z"
+    )
     assert "rapport" in message
 
 
@@ -119,6 +121,7 @@ def test_missing_configuration(project: Path) -> None:
     [
         (["--namespaces", "a,b"], "more than one of namespaces need Kedro 1.0 or newer"),
         (["--only-missing-outputs"], "only_missing_outputs and more than"),
+        (["--pipelines", "__default__,broken"], "several pipelines at once need Kedro 1.2"),
     ],
 )
 def test_what_came_with_kedro_1(project: Path, arguments: list[str], message: str) -> None:
@@ -128,13 +131,13 @@ def test_what_came_with_kedro_1(project: Path, arguments: list[str], message: st
 @pytest.mark.parametrize("name", ["catalog", "parameters"])
 def test_invalid_yaml(project: Path, name: str) -> None:
     (project / f"conf/base/{name}.yml").write_text("a: [1\nb: }\n")
-    assert f"{name}.yml" in refused(project, None, "--run")
+    assert f"{name}.yml" in refused(project, None, "--run", "--dry_run")
 
 
 def test_dataset_class_that_cannot_be_imported(project: Path) -> None:
     catalog = project / "conf/base/catalog.yml"
     catalog.write_text(catalog.read_text().replace("json.JSON", "nosuch.Thing", 1))
-    message = refused(project, None, "--run")
+    message = refused(project, None, "--run", "--dry_run")
     assert "numbers" in message
     assert "nosuch.ThingDataset" in message
 
@@ -143,7 +146,7 @@ def test_dataset_whose_package_is_not_installed(project: Path) -> None:
     (project / "src/tiny/special.py").write_text("import nosuchpackage\n")
     catalog = project / "conf/base/catalog.yml"
     catalog.write_text(catalog.read_text().replace("json.JSON", "tiny.special.Special", 1))
-    message = refused(project, None, "--run")
+    message = refused(project, None, "--run", "--dry_run")
     assert "numbers" in message
     assert "nosuchpackage" in message or "tiny.special.SpecialDataset" in message
 
@@ -151,7 +154,7 @@ def test_dataset_whose_package_is_not_installed(project: Path) -> None:
 def test_pipeline_input_that_nothing_provides(project: Path) -> None:
     catalog = project / "conf/base/catalog.yml"
     catalog.write_text(catalog.read_text().replace("numbers:", "digits:", 1))
-    message = refused(project, None, "--run")
+    message = refused(project, None, "--run", "--dry_run")
     assert "pipeline input numbers" in message
     assert "conf/base" in message
 
@@ -228,36 +231,6 @@ def test_missing_work_queue(project: Path, server: Server, idle_pool: str) -> No
     assert f"prefect work-queue create --pool {idle_pool} nightly" in message
 
 
-def test_missing_pool_and_queue_are_created_on_request(
-    project: Path, server: Server, tmp_path: Path
-) -> None:
-    name = f"new pool-{tmp_path.name}"
-    arguments = ("--work_pool_name", name, "--work_queue_name", "nightly")
-    arguments += ("--work_pool_type", POOL_TYPE)
-    dry = register(project, server, *arguments, "--dry_run")
-    assert dry.returncode == 0, dry.stdout + dry.stderr
-    assert f"Would create work pool '{name}' ({POOL_TYPE})" in dry.stdout
-    assert name not in [pool["name"] for pool in server.post("/work_pools/filter", {})]
-    done = register(project, server, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kind = "agent" if POOL_TYPE == "prefect-agent" else "worker"
-    assert f"prefect {kind} start --pool '{name}' --work-queue nightly" in done.stdout
-    quoted = name.replace(" ", "%20")
-    queues = server.post(f"/work_pools/{quoted}/queues/filter", {})
-    assert sorted(queue["name"] for queue in queues) == ["default", "nightly"]
-
-
-def test_pool_of_another_type_than_asked_for(project: Path, server: Server, idle_pool: str) -> None:
-    arguments = ("--work_pool_name", idle_pool, "--work_pool_type", "docker")
-    message = refused(project, server, *arguments)
-    assert f"Work pool '{idle_pool}' exists, with type {POOL_TYPE}, not docker" in message
-
-
-def test_unknown_pool_type(project: Path, server: Server) -> None:
-    message = refused(project, server, "--work_pool_name", "n", "--work_pool_type", "proces")
-    assert "There is no work pool type 'proces'. Did you mean process?" in message
-
-
 def test_paused_pool_is_a_warning(project: Path, server: Server, idle_pool: str) -> None:
     server.request("PATCH", f"/work_pools/{idle_pool}", {"is_paused": True})
     done = register(project, server, "--work_pool_name", idle_pool)
@@ -293,6 +266,11 @@ def test_serve_on_prefect_2() -> None:
     ("arguments", "message"),
     [
         (["--run", "--serve"], "--run and --serve exclude each other"),
+        (["--run", "--all_deployments"], "--run and --all_deployments exclude each other"),
+        (
+            ["--all_deployments", "--deployment_name", "a"],
+            "--all_deployments and --deployment_name exclude each other",
+        ),
         (["--run", "--work_pool_name", "x"], "--work_pool_name is for work pools"),
         (["--run", "--logging_level", "INFO"], "Set PREFECT_LOGGING_LEVEL instead"),
         (["--logging_level", "LOUD"], "LOUD"),
@@ -352,20 +330,20 @@ def test_dry_run_shows_layers_and_datasets_and_registers_nothing(
 
 def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
     (project / "conf/base/prefect.yml").write_text(
-        "tasks: {'tag:heavy': {retries: 2}}\ndeployment: {cron: 0 6 * * *}\n"
+        "tasks: {'tag:heavy': {retries: 2}}\ndeployments: [{name: a, paused: true}]\n"
     )
-    arguments = ("--tags", "heavy", "--params", "factor=5,a.b=2")
+    arguments = ("--tags", "heavy", "--params", "factor=5,a.b=2", "--deployment-name", "a")
     done = register(project, None, "--run", "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = done.stdout[done.stdout.index("Pipeline '__default__'") :].splitlines()
     assert plan[:5] == [
         "Pipeline '__default__' of tiny, environment 'base': 1 nodes in 1 layers",
-        "  tags: ['heavy']",
         "  runtime_params: {'factor': 5, 'a': {'b': 2}}",
+        "  tags: ['heavy']",
         "Layer 1",
         "  scale: numbers, params:factor, params:pause -> scaled  {'retries': 2}",
     ]
-    assert plan[-1] == "deployment.cron: 0 6 * * *"
+    assert plan[-2:] == ["deployment.name: a", "deployment.paused: True"]
 
 
 def test_the_form_explains_and_offers(project: Path, server: Server, idle_pool: str) -> None:
@@ -387,7 +365,8 @@ def test_the_form_explains_and_offers(project: Path, server: Server, idle_pool: 
         offered, any_other = properties["pipeline_name"]["anyOf"]
         assert offered["enum"] == ["__default__", "broken", "empty"]
         assert properties["env"]["anyOf"][0]["enum"] == ["base", "local"]
-        assert any_other == {"type": "string"}, "or an old list would be a trap"
+        assert any_other["type"] == "string", "or an old list would be a trap"
+        assert (offered["title"], any_other["title"]) == ("one of these", "any other")
 
 
 def test_what_is_printed_after_registering_works(

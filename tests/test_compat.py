@@ -25,6 +25,8 @@ import register_prefect_flow
         ("kedro", "0.17.7", "0.18.10"),
         ("prefect", "2.10.16", "2.10.17"),
         ("prefect", "1.4.1", "2.10.17"),
+        ("prefect", "3.0.0", "3.2"),
+        ("prefect", "3.1.15", "3.2"),
     ],
 )
 def test_versions_below_the_floor_are_refused_by_name(

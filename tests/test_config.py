@@ -1,9 +1,9 @@
 """conf/<env>/prefect.yml: how it is loaded, what is refused, and what becomes of it."""
 
+import html
+import inspect
 import json
 import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,24 +11,33 @@ from typing import Any
 import click
 import kedro
 import pytest
-from conftest import PREFECT_3, QUEUE, Server, copy_in, eventually, register, schedules_of
+from conftest import PREFECT_3, Server, eventually, register
 from kedro.framework.project import settings
 from kedro.pipeline import node, pipeline
-from tiny_project import write_tiny_project
 
 import register_prefect_flow
 
-PARAMETERS: dict[str, Any] = {"runtime_params": {}}
+OPTIONS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(register_prefect_flow.my_flow.fn).parameters.items()
+}
 
 
-def load(conf: Path, env: str = "base", loader: Any = None, **arguments: Any) -> dict[str, Any]:
+def load(conf: Path, env: str = "base", loader: Any = None, **arguments: Any) -> Any:
     """Load prefect.yml with a config loader of Kedro's."""
     loader_class = loader or settings.CONFIG_LOADER_CLASS
     config_loader = loader_class(
         conf_source=str(conf), env=env, base_env="base", default_run_env="local", **arguments
     )
     session = SimpleNamespace(_get_config_loader=lambda: config_loader)
-    return register_prefect_flow._load_config(session, PARAMETERS)
+    return register_prefect_flow._read_config(session, OPTIONS)
+
+
+def read_deployment(conf: Path, name: str = "any") -> Any:
+    """Load prefect.yml, and read what it says of a deployment."""
+    config = load(conf)
+    section = register_prefect_flow._deployment_sections(config).get(name, config.deployment)
+    return register_prefect_flow._read_deployment(name, section, {}, OPTIONS)
 
 
 def write(conf: Path, text: str, env: str = "base", name: str = "prefect.yml") -> Path:
@@ -38,20 +47,18 @@ def write(conf: Path, text: str, env: str = "base", name: str = "prefect.yml") -
 
 
 def test_all_of_it_is_optional(tmp_path: Path) -> None:
-    nothing = {"deployment": {}, "task_runner": {}, "tasks": {}}
+    nothing = register_prefect_flow._Config({}, [], {}, {})
     assert load(write(tmp_path, "{}", name="catalog.yml")) == nothing
-    assert load(write(tmp_path, "tasks:\n")) == nothing
+    assert load(write(tmp_path, "tasks:\ndeployments:\n")) == nothing
 
 
 def test_an_environment_overrides_base(tmp_path: Path) -> None:
     write(tmp_path, "task_runner: {max_workers: 2}\ntasks: {default: {retries: 1}}\n")
     write(tmp_path, "tasks: {default: {retries: 5}}\n", env="prod")
-    assert load(tmp_path)["tasks"] == {"default": {"retries": 1}}
-    assert load(tmp_path, env="prod") == {
-        "deployment": {},
-        "task_runner": {"max_workers": 2},
-        "tasks": {"default": {"retries": 5}},
-    }
+    assert load(tmp_path).tasks == {"default": {"retries": 1}}
+    config = load(tmp_path, env="prod")
+    assert config.task_runner == {"max_workers": 2}
+    assert config.tasks == {"default": {"retries": 5}}
 
 
 @pytest.mark.skipif(kedro.__version__ == "0.18.10", reason="globals came with Kedro 0.18.13")
@@ -60,7 +67,7 @@ def test_globals_are_resolved(tmp_path: Path) -> None:
 
     write(tmp_path, "tasks: {default: {retries: '${globals:patience}'}}\n")
     write(tmp_path, "patience: 4\n", name="globals.yml")
-    assert load(tmp_path, loader=OmegaConfigLoader)["tasks"]["default"] == {"retries": 4}
+    assert load(tmp_path, loader=OmegaConfigLoader).tasks["default"] == {"retries": 4}
 
 
 @pytest.mark.skipif(not kedro.__version__.startswith("0.18"), reason="Kedro 0.19 removed it")
@@ -69,34 +76,13 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
 
     write(tmp_path, "tasks: {default: {retries: '${patience}'}}\n")
     config = load(tmp_path, loader=TemplatedConfigLoader, globals_dict={"patience": 4})
-    assert config["tasks"]["default"] == {"retries": 4}
+    assert config.tasks["default"] == {"retries": 4}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("deploymint: {}", "prefect.yml has no deploymint. Did you mean deployment?"),
-        ("deployment: 3", "prefect.yml: deployment is 3, and has to be of type dict"),
-        (
-            "deployment: {corn: '* * * * *'}",
-            "prefect.yml has no deployment.corn. Did you mean cron?",
-        ),
-        (
-            "deployment: {interval: soon}",
-            "deployment.interval is 'soon', and has to be of type int or float",
-        ),
-        ("deployment: {paused: 1}", "deployment.paused is 1, and has to be of type bool"),
-        ("deployment: {tags: nightly}", "deployment.tags is 'nightly', and has to be of type list"),
-        (
-            "deployment: {concurrency_limit: true}",
-            "concurrency_limit is True, and has to be of type int",
-        ),
-        ("deployment: {cron: '* * * * *', interval: 60}", "has cron and interval, and not one of"),
-        ("deployment: {timezone: UTC}", "deployment has only a timezone, and not one of"),
-        ("deployment: {cron: every day}", "deployment.cron in prefect.yml failed"),
-        ("deployment: {rrule: nonsense}", "deployment.rrule in prefect.yml failed"),
-        ("deployment: {source: 'https://a.b/c'}", "'https://a.b/c', and not git+URL@ref"),
-        ("deployment: {source: 'git+https://a.b/c', path: /d}", "has path and source"),
+        ("deploymint: {}", "prefect.yml has no deploymint. Did you mean deployment"),
         ("task_runner: {type: dask}", "task_runner.type is 'dask', not 'threads'"),
         (
             "task_runner: {max_worker: 3}",
@@ -110,6 +96,8 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
         ("tasks: {add: {retries: many}}", "tasks.add.retries is 'many', and has to be of type int"),
         ("tasks: {add: {retry_jitter_factor: -1}}", "Reading tasks.add in prefect.yml failed"),
         ("tasks: {add: }", "prefect.yml: tasks.add is None, and has to be of type dict"),
+        ("task_runner: 3", "prefect.yml: task_runner is 3, and has to be of type dict"),
+        ("task_runner: {max_workers: true}", "max_workers is True, and has to be of type int"),
         ("tasks: [", "Loading prefect.yml failed"),
     ],
 )
@@ -117,6 +105,103 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(click.ClickException) as refused:
         load(write(tmp_path, text + "\n"))
     assert message in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("deployment: 3", "prefect.yml: deployment is 3, and has to be of type dict"),
+        (
+            "deployment: {schedule: {}}",
+            "prefect.yml has no deployment.schedule. Did you mean schedules?",
+        ),
+        ("deployment: {pull: []}", "prefect.yml has no deployment.pull. This file sets it."),
+        ("deployments: {name: a}", "deployments is {'name': 'a'}, and has to be of type list"),
+        ("deployments: [3]", "prefect.yml: deployments[0] is 3, and has to be of type dict"),
+        ("deployments: [{tags: []}]", "Deployment name 'None' is refused"),
+        ("deployments: [{name: a}, {name: a}]", "prefect.yml: deployments[1] is a second 'a'"),
+        ("deployments: [{name: a, tag: []}]", "has no deployments[0].tag. Did you mean tags?"),
+        ("deployment: {paused: 1}", "deployment.paused is 1, and has to be of type bool"),
+        ("deployment: {tags: nightly}", "deployment.tags is 'nightly', and has to be of type list"),
+        (
+            "deployment: {parameters: {tag: [a]}}",
+            "prefect.yml has no deployment.parameters.tag. Did you mean tags?",
+        ),
+        (
+            "deployment: {parameters: {tags: a}}",
+            "deployment.parameters.tags is 'a', and has to be of type list",
+        ),
+        (
+            "deployment: {work_pool: {job_variables: {env: }}}",
+            "deployment.work_pool.job_variables.env is None, and has to be of type dict",
+        ),
+        (
+            "deployment: {schedules: [{interval: soon}]}",
+            "deployment.schedules[0].interval is 'soon', and has to be of type int or float",
+        ),
+        (
+            "deployment: {schedules: [{cron: '* * * * *', interval: 60}]}",
+            "deployment.schedules[0] has cron and interval, and not one of",
+        ),
+        ("deployment: {schedules: [{timezone: UTC}]}", "schedules[0] has none, and not one of"),
+        ("deployment: {schedules: [{cron: every day}]}", "Reading deployment.schedules[0] in"),
+        ("deployment: {schedules: [{rrule: nonsense}]}", "Reading deployment.schedules[0] in"),
+        ("deployment: {source: 'https://a.b/c'}", "'https://a.b/c', and not git+URL@ref"),
+        ("deployment: {source: {branch: a}}", "and not git+URL@ref"),
+        ("deployment: {source: {repository: a, brunch: b}}", "Did you mean branch?"),
+        (
+            "deployment: {source: 'git+https://a.b/c', path: /d}",
+            "deployment.source stands beside path",
+        ),
+        (
+            "deployment: {source: {repository: 'https://a.b/c', access_token: secret}}",
+            "access_token: '{{ prefect.blocks.secret.<its name> }}'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_deployment_is_named_when_it_is_registered(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    write(tmp_path, text + "\n")
+    load(tmp_path)  # a run does not need it
+    with pytest.raises(click.ClickException) as refused:
+        read_deployment(tmp_path)
+    assert message in refused.value.message
+    assert "secret," not in refused.value.message
+
+
+@pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 refuses the keys: see test_deployments.py")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{concurrency_limit: true}", "concurrency_limit is True, and has to be of type int"),
+        ("{concurrency_limit: -1}", "deployment.concurrency_limit is -1, and has to be 1 or more"),
+        ("{concurrency_limit: {limit: 0}}", "concurrency_limit.limit is 0, and has to be 1 or"),
+        ("{concurrency_limit: {collision_strategy: ENQUEUE}}", "Reading deployment.concurrency_"),
+        ("{concurrency_limit: {limit: 1, collision_strategy: ASK}}", "Reading deployment.concurr"),
+        ("{triggers: [3]}", "deployment.triggers[0] is 3, and has to be of type dict"),
+        ("{triggers: [{posture: Sideways}]}", "Reading deployment.triggers[0] in prefect.yml"),
+    ],
+)
+def test_what_is_wrong_with_limits_and_triggers_is_named(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(click.ClickException) as refused:
+        read_deployment(write(tmp_path, f"deployment: {text}\n"))
+    assert message in refused.value.message
+
+
+def test_a_deployment_lies_over_what_holds_for_all(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "deployment: {tags: [a], parameters: {runtime_params: {b: 1, c: 2}, tags: [d]}}\n"
+        "deployments: [{name: e, parameters: {runtime_params: {c: 3}, tags: []}}]\n",
+    )
+    deployment = read_deployment(tmp_path, "e")
+    assert deployment.tags == ["a"]
+    assert deployment.parameters == {**OPTIONS, "runtime_params": {"b": 1, "c": 3}}
+    other = read_deployment(tmp_path, "f").parameters
+    assert other == {**OPTIONS, "runtime_params": {"b": 1, "c": 2}, "tags": ["d"]}
 
 
 def test_later_lines_win_over_earlier_ones() -> None:
@@ -217,95 +302,12 @@ def test_a_node_that_takes_too_long_fails(tasks_project: Path, server: Server) -
     assert ("1" in done.stderr and "timed out" in done.stderr) or "exceeded" in done.stderr
 
 
-DEPLOYMENT = """
-deployment:
-  cron: "0 6 * * *"
-  timezone: Europe/Berlin
-  tags: [forecasting]
-  job_variables: {image: "registry/forecast:1.4", env: {MODE: fast, PREFECT_LOGGING_LEVEL: INFO}}
-"""
-
-
-@pytest.fixture(autouse=True)
-def forget_the_deployment(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test finds what another registered."""
-    yield
-    if "registered" in request.fixturenames:
-        server = request.getfixturevalue("server")
-        found = server.request("GET", "/deployments/name/tiny/configured")
-        server.request("DELETE", f"/deployments/{found['id']}")
-
-
-@pytest.fixture
-def registered(project: Path, server: Server, pool: str) -> Any:
-    def registered(*arguments: str) -> dict[str, Any]:
-        pools = ("--work_pool_name", pool, "--work_queue_name", QUEUE)
-        done = register(project, server, *pools, "--deployment_name", "configured", *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        deployment_id = re.search(r"with id (\S+)", done.stdout)[1]
-        return server.request("GET", f"/deployments/{deployment_id}")
-
-    return registered
-
-
-def timings_of(deployment: dict[str, Any]) -> list[tuple[Any, bool]]:
-    """What the schedules of a deployment say, and whether each is active."""
-    names = ("cron", "interval", "rrule", "timezone")
-    return [
-        ({name: schedule[name] for name in names if schedule.get(name)}, active)
-        for schedule, active in schedules_of(deployment)
-    ]
-
-
-def test_the_deployment_is_as_described(project: Path, server: Server, registered: Any) -> None:
-    write(project / "conf", DEPLOYMENT)
-    first = registered("--tags", "heavy")
-    daily = {"cron": "0 6 * * *", "timezone": "Europe/Berlin"}
-    assert timings_of(first) == [(daily, True)]
-    assert first["tags"] == ["forecasting"]
-    assert first["parameters"] == {"pipeline_name": "__default__", "env": "base", "tags": ["heavy"]}
-    variables = first.get("job_variables") or first["infra_overrides"]
-    assert variables["image"] == "registry/forecast:1.4"
-    assert variables["env"] == {"MODE": "fast", "PREFECT_LOGGING_LEVEL": "INFO"}
-    assert "project **Tiny project**" in first["description"]
-    assert "| 1 | `scale` | `numbers, params:factor, params:pause` |" in first["description"]
-    assert '```mermaid\ngraph TD\nn0["scale"]\n```' in first["description"]
-
-    # What was set in the UI stays; the command line wins over the file.
-    path = f"/deployments/{first['id']}"
-    pause = "pause_deployment" if PREFECT_3 else "set_schedule_inactive"
-    server.post(f"{path}/{pause}", {})
-    if "schedules" in first:
-        schedule = first["schedules"][0]["id"]
-        server.request("PATCH", f"{path}/schedules/{schedule}", {"active": False})
-    before = server.request("GET", path)
-    again = registered("--logging_level", "WARNING")
-    assert again["id"] == first["id"]
-    assert timings_of(again) == [(daily, False)]
-    paused = "paused" if PREFECT_3 else "is_schedule_active"
-    assert (before[paused], again[paused]) == (PREFECT_3, PREFECT_3)
-    variables = again.get("job_variables") or again["infra_overrides"]
-    assert variables["env"] == {"MODE": "fast", "PREFECT_LOGGING_LEVEL": "WARNING"}
-    assert 'n0["double"]' in again["description"]
-    assert re.search(r"\bn0 --> n[23]\b", again["description"])
-
-    # What the file says wins over what was set in the UI.
-    write(project / "conf", "deployment: {interval: 3600, paused: false, description: Mine.}\n")
-    changed = registered()
-    [(schedule, active)] = timings_of(changed)
-    assert schedule["interval"] == 3600
-    assert active
-    assert changed["description"] == "Mine."
-    assert changed["tags"] == ["forecasting"], "kept, for the file says nothing of tags"
-    assert changed[paused] is not PREFECT_3
-    # An interval that counts from its registration must not start anew with each.
-    assert schedules_of(registered()) == schedules_of(changed)
-
-
-def plan_of(*nodes: Any) -> Any:
-    parameters = {"pipeline_name": "__default__", "env": "base"}
+def plan_of(*nodes: Any, **options: Any) -> Any:
+    script = register_prefect_flow
+    deployment = script._read_deployment("any", {}, {}, {**OPTIONS, **options})
     metadata = SimpleNamespace(project_name="Any")
-    return register_prefect_flow._Plan(metadata, parameters, pipeline([*nodes]), {}, {}, {})
+    config = script._Config({}, [], {}, {})
+    return script._Plan(metadata, pipeline([*nodes]), {}, config, {}, deployment)
 
 
 def test_names_are_no_markup_in_the_graph() -> None:
@@ -314,59 +316,33 @@ def test_names_are_no_markup_in_the_graph() -> None:
     assert not set(label) & set('<>"')
 
 
+@pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb", "_a_ <b> *c*", "[a](b)", "ä ö", "a\\|b"])
+def test_each_node_is_one_row_of_the_description(name: str) -> None:
+    nodes = [SimpleNamespace(name=name, inputs=[name, "second"], outputs=[name])]
+    plan = plan_of(node(len, "a", "b", name="any"))._replace(
+        pipeline=SimpleNamespace(grouped_nodes=[nodes], nodes=[], node_dependencies={})
+    )
+    described = register_prefect_flow._describe(plan)
+    [row] = [line for line in described.splitlines() if line.startswith("| 1 |")]
+    unescaped = re.sub(r"\\.", "", row)  # what a backslash stands before is no markup
+    assert unescaped.count("|") == 5
+    assert not set(unescaped.replace("<br>", "")) & set("`*_[]()<>")
+    shown = html.unescape(re.sub(r"\\(.)", r"\1", row))
+    name = " ".join(name.split())
+    assert shown == f"| 1 | {name} | {name}<br>second | {name} |"
+
+
+def test_values_that_may_be_secret_are_not_in_the_description() -> None:
+    plan = plan_of(node(len, "a", "b"), runtime_params={"token": "s3cret"}, tags=["shown"])
+    described = register_prefect_flow._describe(plan).replace("\\", "")
+    assert "- runtime_params: ['token']" in described
+    assert "- tags: ['shown']" in described
+    assert "s3cret" not in described
+
+
 def test_a_graph_too_large_to_be_drawn_is_left_out() -> None:
     chain = [node(len, f"d{i}", f"d{i + 1}", name=f"n{i}") for i in range(502)]
     assert "```mermaid" in register_prefect_flow._describe(plan_of(*chain[:501]))
     described = register_prefect_flow._describe(plan_of(*chain))
     assert "```mermaid" not in described
-    assert "| 502 | `n501` | `d501` | `d502` |" in described
-
-
-@pytest.mark.skipif(not PREFECT_3, reason="deployments of Prefect 2 have no limit")
-def test_a_deployment_may_limit_its_runs(project: Path, registered: Any) -> None:
-    write(project / "conf", "deployment: {concurrency_limit: 1, rrule: FREQ=DAILY}\n")
-    deployment = registered()
-    limit = deployment.get("global_concurrency_limit") or {"limit": deployment["concurrency_limit"]}
-    assert limit["limit"] == 1
-    assert timings_of(deployment)[0][0]["rrule"].endswith("FREQ=DAILY")
-    assert schedules_of(registered()) == schedules_of(deployment)
-
-
-@pytest.mark.skipif(PREFECT_3, reason="Prefect 3 has the limit")
-def test_a_limit_is_refused_on_prefect_2(project: Path, server: Server, pool: str) -> None:
-    write(project / "conf", "deployment: {concurrency_limit: 1}\n")
-    done = register(project, server, "--work_pool_name", pool, "--work_queue_name", QUEUE)
-    assert done.returncode == 1
-    assert "deployment.concurrency_limit needs Prefect 3" in done.stderr
-
-
-def test_the_project_may_come_from_git_or_lie_elsewhere_on_the_worker(
-    tmp_path: Path, project: Path, server: Server, registered: Any
-) -> None:
-    outputs = tmp_path / "outputs"
-    catalog = project / "conf/base/catalog.yml"
-    catalog.write_text(catalog.read_text().replace("data/total.json", f"{outputs}/total.json"))
-
-    def git(*arguments: str) -> None:
-        identity = ("-c", "user.name=tiny", "-c", "user.email=tiny@example.org")
-        subprocess.run(["git", *identity, *arguments], cwd=project, check=True)
-
-    git("init", "--quiet", "--initial-branch", "main")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "as it is to run")
-    git("tag", "v1")
-    (project / "conf/base/parameters.yml").write_text("factor: 100\npause: 0\n")
-    git("commit", "--quiet", "--all", "--message", "newer")
-    write(project / "conf", f"deployment: {{source: 'git+file://{project}@v1'}}\n")
-    registered()
-    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
-    assert json.loads((outputs / "total.json").read_text()) == 30, "of the tag, not of the newest"
-
-    image = copy_in(write_tiny_project(tmp_path / "image"))
-    write(project / "conf", f"deployment: {{path: {image}}}\n")
-    registered()
-    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
-    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
-    assert json.loads((image / "data/total.json").read_text()) == 30
-    assert not (project / "data/total.json").exists()
+    assert "| 502 | n501 | d501 | d502 |" in described

@@ -1,12 +1,15 @@
 """The file copied into a fresh project, and run without a server: Prefect's embedded one serves."""
 
+import os
+import signal
 import sqlite3
+import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from conftest import PREFECT_3, copy_in, register, run
+from conftest import PREFECT_3, copy_in, eventually, register, run, stop
 from tiny_project import write_tiny_project
 
 # Prefect 3's server records some 30 task runs a second, and lists them 200 at a time: so many that
@@ -42,6 +45,107 @@ def test_run_on_the_embedded_server_ends_with_every_task_run_recorded(tmp_path: 
         [[flow_name]] = database.execute("select name from flow")
     assert states == {"Completed": WIDTH + 1}
     assert flow_name == "tiny"
+
+
+SLOW = "import time\n\n\ndef slow():\n    time.sleep(4)\n    open('ended.txt', 'w').write('')\n    return 1\n"
+
+SLOW_REGISTRY = """\
+from kedro.pipeline import node, pipeline
+
+from tiny.slow import slow
+
+
+def register_pipelines():
+    return {"__default__": pipeline([
+        node(slow, None, "output", name="slow"),
+        node(lambda output: open("late.txt", "w").write(""), "output", None, name="late"),
+    ])}
+"""
+
+
+def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
+    """Run the project at a terminal, press Ctrl-C while a node runs; return code and output."""
+    (project / "src/tiny/slow.py").write_text(SLOW)
+    (project / "src/tiny/pipeline_registry.py").write_text(SLOW_REGISTRY)
+    log = home.parent / "run.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(  # with the server in a process group, as a terminal has it
+            [sys.executable, project / "register_prefect_flow.py", "--run"],
+            env={**os.environ, "PREFECT_HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            eventually(lambda: "Running node: slow" in log.read_text(), or_show=log)
+            for _ in range(times):
+                os.killpg(process.pid, signal.SIGINT)
+                eventually(lambda: "Stopping: no other node starts" in log.read_text())
+            code = process.wait(timeout=60)
+            command = ["ps", "-A", "-o", "pgid=,stat="]
+            rows = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+            alive = {group for group, state in map(str.split, rows) if "Z" not in state}
+            return code, log.read_text(), str(process.pid) in alive
+        finally:
+            stop(process)
+
+
+def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(tmp_path: Path) -> None:
+    project = copy_in(write_tiny_project(tmp_path / "project"))
+    code, output, left = interrupt(project, tmp_path / "home", times=1)
+    assert code == 130, output
+    assert not left
+    assert "Stopped by Ctrl-C." in output
+    assert "Traceback" not in output
+    if PREFECT_3:  # Prefect 2 stops a node between two lines of Python
+        assert (project / "ended.txt").exists(), "the running node was not waited for"
+    assert not (project / "late.txt").exists()
+    with closing(sqlite3.connect(tmp_path / "home/prefect.db")) as database:
+        [[state]] = database.execute("select state_type from flow_run")
+    assert state in ("CRASHED", "CANCELLED")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    project = copy_in(write_tiny_project(tmp_path / "project"))
+    code, output, left = interrupt(project, tmp_path / "home", times=2)
+    assert code == 130, output
+    assert not left
+    assert not (project / "ended.txt").exists()
+
+
+def test_no_record_is_waited_for_that_cannot_come(tmp_path: Path) -> None:
+    project = copy_in(write_tiny_project(tmp_path / "project"))
+    with (project / "src/tiny/hooks.py").open("a") as hooks:
+        hooks.write(RAISING_HOOK)
+    settings = project / "src/tiny/settings.py"
+    settings.write_text("from tiny.hooks import Raising\n\nHOOKS = (Raising(),)\n")
+    env = {"PREFECT_HOME": str(tmp_path / "home")}
+    done = run(sys.executable, "-c", WAITING, cwd=project, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the flow run ended as Failed" in done.stdout
+
+
+RAISING_HOOK = """
+
+class Raising:
+    @hook_impl
+    def before_pipeline_run(self):
+        raise RuntimeError("not today")
+"""
+
+# With a patience that no test has, an answer can only come from what was recorded.
+WAITING = """
+import functools
+import register_prefect_flow as script
+
+await_recording = script._await_recording
+script._await_recording = lambda flow_run_id, patience: await_recording(flow_run_id, 1000)
+try:
+    script.prefect_deploy(["--run"], standalone_mode=False)
+except script.click.ClickException as error:
+    print(error.message.lower().replace("failed.", "Failed."))
+"""
 
 
 def test_it_leaves_nothing_in_the_project_but_the_outputs(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """The whole way, as a user goes it: server, pool, agent or worker, registration, runs."""
 
+import base64
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import (
+    KEDRO_OLD,
     QUEUE,
     Server,
     copy_in,
@@ -222,3 +227,90 @@ def test_a_retried_flow_run_runs_all_nodes_again(server: Server, pool: str, proj
         "flaky",
         "late",
     ]
+
+
+CREDENTIALS = """\
+door: {key: first-s3cret}
+token: "${oc.env:NO_SUCH_VARIABLE}"
+database: {con: "postgresql://me:second-s3cret@db/x"}
+"""
+
+ROWS_NODE = """
+
+class Invalid(Exception):
+    def __init__(self, text, rows=None):
+        super().__init__(text)
+        self.rows = rows
+
+
+def check(numbers):
+    raise Invalid("invalid rows", rows=["-".join(["third", "s3cret "]) * 1000] * 100)
+"""
+
+ROWS_PIPELINE = """
+    checked = pipeline([node(nodes.check, "numbers", "side", name="check")])
+    return {"checked": checked, """
+
+
+def what_prefect_keeps(server: Server) -> Iterator[bytes]:
+    """Everything in the database and the result storage of server and runs, decoded."""
+    homes = [server.folder, Path(os.environ["PREFECT_HOME"])]
+    files = [path for home in homes for path in home.rglob("*") if path.is_file()]
+    # What leaves the write-ahead log is in the database by then, and the log may be gone.
+    for path in sorted(files, key=lambda path: not path.name.endswith("-wal")):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        yield content
+        for text in re.findall(rb"[A-Za-z0-9+/=\\n]{40,}", content):
+            packed = text.replace(b"\\n", b"")
+            with suppress(ValueError):
+                yield base64.b64decode(packed + b"=" * (-len(packed) % 4))
+
+
+def assert_kept_nowhere(server: Server, secrets: list[str]) -> None:
+    logs = json.dumps(server.post("/logs/filter", {}))
+    for content in [*what_prefect_keeps(server), logs.encode()]:
+        for secret in secrets:
+            assert secret.encode() not in content
+
+
+@pytest.mark.parametrize("how", ["success", "credentials", "rows"])
+def test_what_an_exception_refers_to_is_kept_nowhere(
+    server: Server, pool: str, project: Path, how: str
+) -> None:
+    catalog, arguments = project / "conf/base/catalog.yml", []
+    if how == "rows":
+        with (project / "src/tiny/nodes.py").open("a") as nodes:
+            nodes.write(ROWS_NODE)
+        registry = project / "src/tiny/pipeline_registry.py"
+        registry.write_text(registry.read_text().replace("\n    return {", ROWS_PIPELINE))
+        arguments = ["--pipeline", "checked"]
+    deployment = register_and_forget(project, server, pool, *arguments)
+    if how == "credentials":
+        entry = "data/numbers.json\n  credentials: door"
+        catalog.write_text(catalog.read_text().replace("data/numbers.json", entry))
+        settings = project / "src/tiny/settings.py"
+        if KEDRO_OLD:
+            with settings.open("a") as file:
+                file.write("from kedro.config import OmegaConfigLoader\n")
+                file.write("CONFIG_LOADER_CLASS = OmegaConfigLoader\n")
+    text = CREDENTIALS if how == "credentials" else re.sub(r'".*NO_SUCH.*"', "any", CREDENTIALS)
+    (project / "conf/local/credentials.yml").write_text(text)
+    flow_run_id = server.trigger(deployment, project, env="local")
+    ended = server.finished(flow_run_id)
+    assert ended["state_type"] == ("COMPLETED" if how == "success" else "FAILED"), ended["state"]
+    secrets = ["first-s3cret", "second-s3cret", "third-s3cret"]
+    assert_kept_nowhere(server, secrets)
+    if how == "success":
+        return
+    message = ended["state"]["message"]
+    assert ("invalid rows" if how == "rows" else "NO_SUCH_VARIABLE") in message
+    assert eventually(lambda: traceback_in_the_log(server, flow_run_id)), "the log has it"
+    server.await_idle_worker()
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+    server.post(f"/flow_runs/{flow_run_id}/set_state", {"state": retry})
+    eventually(lambda: server.flow_run(flow_run_id)["state_type"] != "FAILED")
+    assert server.finished(flow_run_id)["state_type"] == "FAILED"
+    assert_kept_nowhere(server, secrets)

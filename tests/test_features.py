@@ -69,6 +69,11 @@ if KEDRO_1:
         "right.json",
         [6, 8, 10],
     )
+    FEATURES["several pipelines"] = (
+        ["--pipelines", "transcoding,partitions"],
+        "parts_sum.json",
+        6,
+    )
     FEATURES["only missing outputs"] = (
         ["--pipeline", "transcoding", "--only-missing-outputs"],
         "transcoded.json",

@@ -4,10 +4,12 @@ import io
 import json
 import logging
 import pickle
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Server, register
+from conftest import KEDRO_OLD, Server, kedro_run, register
 from kedro.logging import RichHandler
 from rich.console import Console
 
@@ -57,6 +59,122 @@ def test_a_failing_run_has_exit_code_1_and_says_why(project: Path, server: Serve
     assert "Error: The flow run ended as Failed." in done.stderr
     assert "no number left" in done.stderr
     assert json.loads((project / "data/side.json").read_text()) == 3
+
+
+def calls(project: Path) -> Counter[str]:
+    """The hook calls of the project's runs, how often each; and forget them."""
+    trace = project / "trace.jsonl"
+    found = Counter(trace.read_text().splitlines())
+    trace.unlink()
+    return found
+
+
+def test_hooks_are_called_as_often_as_by_kedro_run(project: Path, server: Server) -> None:
+    assert register(project, server, "--run").returncode == 0
+    ours = calls(project)
+    assert kedro_run(project).returncode == 0
+    assert ours == calls(project)
+    assert sum(ours.values()) > 40
+
+
+@pytest.mark.parametrize("how", ["registering", "running"])
+def test_an_input_that_a_filter_cuts_off_is_explained(
+    project: Path, server: Server, how: str
+) -> None:
+    arguments = ["--dry_run"] if how == "registering" else []
+    done = register(project, server, "--run", "--nodes", "add", "--tags", "", *arguments)
+    assert done.returncode == 1
+    message = done.stderr[done.stderr.index("Error: ") :]
+    assert "provides pipeline input doubled, scaled." in message
+    assert "Node 'double' makes doubled, and node_names leaves it out." in message
+    assert "Node 'scale' makes scaled, and node_names leaves it out." in message
+    assert "conf/base" in message
+    assert how == "running" or "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["registering", "running"])
+@pytest.mark.parametrize("missing", ["dataset", "credentials"])
+def test_what_only_conf_local_has_is_named(
+    project: Path, server: Server, missing: str, how: str
+) -> None:
+    catalog = project / "conf/base/catalog.yml"
+    if missing == "dataset":
+        entry = "numbers:\n  type: json.JSONDataset\n  filepath: data/numbers.json\n"
+        catalog.write_text(catalog.read_text().replace(entry, ""))
+        (project / "conf/local/catalog.yml").write_text(entry)
+        name = "numbers"
+    else:
+        (project / "conf/local/credentials.yml").write_text("door: {key: secret}\n")
+        guarded = catalog.read_text().replace(
+            "data/numbers.json", "data/numbers.json\n  credentials: door"
+        )
+        catalog.write_text(guarded)
+        name = "door"
+    arguments = ["--dry_run"] if how == "registering" else []
+    done = register(project, server, "--run", *arguments)
+    assert done.returncode == 1
+    message = done.stderr[done.stderr.index("Error: ") :]
+    hint = f"Environment local, which `kedro run` reads, has {name}: use --env local."
+    assert hint in message
+    assert "secret" not in done.stdout + done.stderr
+
+
+FLAT = 'CONFIG_LOADER_ARGS = {"base_env": ".", "default_run_env": "."}\n'
+OWN_LOADER = """\
+from kedro.config import AbstractConfigLoader
+
+PROJECT_CONF = {
+    "catalog": {name: {"type": "json.JSONDataset", "filepath": f"data/{name}.json"}
+                for name in ("numbers", "total", "report")},
+    "parameters": {"factor": 3, "pause": 0},
+    "credentials": {},
+}
+
+
+class Loader(AbstractConfigLoader):
+    def __getitem__(self, key):
+        return PROJECT_CONF[key]
+
+    def get(self, key, default=None):
+        return PROJECT_CONF.get(key, default)
+
+    def keys(self):
+        return PROJECT_CONF.keys()
+
+
+CONFIG_LOADER_CLASS = Loader
+"""
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested", "own loader"])
+def test_environments_that_kedro_run_takes(project: Path, server: Server, layout: str) -> None:
+    if layout == "own loader" and KEDRO_OLD:
+        pytest.skip("Kedro 0.18 asks a config loader for more")
+    arguments, settings = [], project / "src/tiny/settings.py"
+    conf = project / "conf"
+    if layout == "flat":
+        settings.write_text(FLAT)
+        for name in ("catalog", "parameters"):
+            (conf / f"base/{name}.yml").rename(conf / f"{name}.yml")
+        shutil.rmtree(conf / "base")
+        shutil.rmtree(conf / "local")
+    elif layout == "nested":
+        (conf / "eu/prod").mkdir(parents=True)
+        (conf / "eu/prod/parameters.yml").write_text("factor: 10\n")
+        arguments = ["--env", "eu/prod"]
+    else:
+        settings.write_text(OWN_LOADER)
+        shutil.rmtree(conf)
+        conf.mkdir()
+    env = arguments or (["--env", "."] if layout == "flat" else [])
+    assert kedro_run(project, *env).returncode == 0
+    expected = json.loads((project / "data/total.json").read_text())
+    assert expected == (12 + 60 if layout == "nested" else 30)
+    (project / "data/total.json").unlink()
+    for how in (["--dry_run"], []):
+        done = register(project, server, "--run", *arguments, *how)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((project / "data/total.json").read_text()) == expected
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from conftest import SCRIPT
-from test_config import load, write
+from test_config import read_deployment, write
 
 import register_prefect_flow
 
@@ -57,6 +57,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 @pytest.mark.parametrize("name", ["run command", "test command"])
 def test_the_files_in_the_commands_are_there(name: str) -> None:
     made = {"tests/wine/data/08_reporting/metrics.json", "tests/wine/register_prefect_flow.py"}
+    made.add("tests/wine/.telemetry")
     for path in set(re.findall(r"[\w./]*tests[\w./]*|\S*requirements\.txt", block(name))) - made:
         assert (ROOT / path).exists(), path
 
@@ -75,8 +76,15 @@ def test_the_settings_shown_are_taken(tmp_path: Path) -> None:
     assert len(shown) == 3
     for text in shown:
         if not register_prefect_flow._PREFECT_3:
-            text = re.sub(r"\n *concurrency_limit: .*", "", text)  # noqa: PLW2901
-        assert load(write(tmp_path, text))["deployment"]
+            text = re.sub(r"\n    concurrency_limit: .*?\ntask_runner", "\ntask_runner", text, flags=re.DOTALL)  # noqa: PLW2901  # fmt: skip
+        conf = write(tmp_path, text)
+        for name in ("nightly", "scoring"):
+            assert read_deployment(conf, name).pull_steps
+
+
+def test_the_help_ends_with_the_version_of_the_copy() -> None:
+    version = register_prefect_flow.__version__
+    assert help_text().rstrip().splitlines()[-1].strip() == f"register_prefect_flow.py {version}"
 
 
 def test_the_errors_under_troubleshooting_are_the_scripts() -> None:

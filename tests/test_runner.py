@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import random
+import sys
 import threading
 import time
 import weakref
@@ -35,11 +36,12 @@ def run_in_flow(
 
     @flow
     def any_flow() -> None:
-        try:
-            outcome.append(PrefectRunner(**options).run(pipeline(nodes), catalog, hook_manager))
-        except Exception as error:
-            outcome.append(error)
-            raise
+        with register_prefect_flow._bearable_errors(register_prefect_flow.kedro_task):
+            try:
+                outcome.append(PrefectRunner(**options).run(pipeline(nodes), catalog, hook_manager))
+            except Exception as error:
+                outcome.append(error)
+                raise
 
     return any_flow(return_state=True), outcome
 
@@ -181,7 +183,7 @@ def test_a_task_is_made_once_for_each_set_of_options(monkeypatch: pytest.MonkeyP
     nodes = [node(same, f"in_{i}", f"out_{i}", name=f"node_{i}") for i in range(5)]
     options = {"node_1": {"retries": 2}, "node_2": {"retries": 2, "tags": ["gpu"]}}
     [layer] = register_prefect_flow.init_kedro_tasks_by_execution_layer(
-        pipeline(nodes), {}, options
+        pipeline(nodes), "any run", options
     )
     assert len(made) == 3
     tasks = sorted(layer.values(), key=lambda task: task.name)
@@ -191,7 +193,7 @@ def test_a_task_is_made_once_for_each_set_of_options(monkeypatch: pytest.MonkeyP
     assert len({task.task_key for task in tasks}) == 5
 
 
-def raising(error: Exception) -> Callable[..., Any]:
+def raising(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any) -> None:
         raise error
 
@@ -247,6 +249,102 @@ def test_a_failure_stops_only_what_is_behind_it(
     suggestion = "\n".join(record.getMessage() for record in caplog.records)
     assert "There are 3 nodes that have not run" in suggestion
     assert "--from-nodes" in suggestion
+
+
+def leave(code: Any) -> Callable[..., Any]:
+    return lambda *_: sys.exit(code)
+
+
+@pytest.mark.parametrize("code", [0, 3, "no data today"])
+def test_a_node_that_exits_fails_like_any_other(
+    in_process: Server, caplog: pytest.LogCaptureFixture, code: Any
+) -> None:
+    ran: list[str] = []
+    nodes = [
+        node(leave(code), None, "a", name="leaving"),
+        node(lambda a: ran.append("behind"), "a", "b", name="behind"),
+        node(lambda: time.sleep(0.5) or 1, None, "c", name="beside"),
+        node(lambda c: ran.append("beside_too"), "c", None, name="beside_too"),
+    ]
+    with caplog.at_level(logging.WARNING, logger="kedro"):
+        state, [raised] = run_in_flow(nodes)
+    assert state.is_failed()
+    assert isinstance(raised, RuntimeError)
+    assert str(raised) == f"Node 'leaving' called sys.exit({code})"
+    assert ran == ["beside_too"]
+    assert "There are 2 nodes that have not run" in caplog.text
+    in_process.await_states(
+        flow_run_id(state),
+        {
+            "leaving": "Failed",
+            "behind": "NotReady",
+            "beside": "Completed",
+            "beside_too": "Completed",
+        },
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_keyboard_interrupt_ends_the_run(in_process: Server) -> None:
+    ran: list[str] = []
+    nodes = [
+        node(raising(KeyboardInterrupt()), None, "a", name="interrupted"),
+        node(lambda: time.sleep(1) or 1, None, "b", name="beside"),
+        node(lambda b: ran.append("late"), "b", None, name="late"),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        run_in_flow(nodes)
+    assert not ran
+
+
+class Unwritable(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        return "\udc80 of mine"
+
+
+class Untold(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise LookupError
+
+
+def chained(text: str) -> Callable[..., Any]:
+    def fail() -> None:
+        try:
+            raise KeyError(text)
+        except KeyError as error:
+            raise ValueError("short") from error
+
+    return fail
+
+
+HUGE = "many rows " * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "text"),
+    [
+        (raising(Unwritable()), "Unwritable", "\\udc80 of mine"),
+        (raising(ValueError(HUGE)), "ValueError", "many rows many"),
+        (raising(Untold()), "LookupError", ""),  # Kedro itself stumbles over it
+        (chained(HUGE), "ValueError", "short"),
+    ],
+)
+def test_text_that_prefect_cannot_bear_is_replaced(
+    in_process: Server, caplog: pytest.LogCaptureFixture, function: Any, kind: str, text: str
+) -> None:
+    with caplog.at_level(logging.ERROR, logger="kedro"):
+        state, [raised] = run_in_flow([node(function, None, "a", name="telling")])
+    whole = [HUGE in record.getMessage() for record in caplog.records]
+    assert sum(whole) == (1 if text in ("many rows many", "short") else 0), "in the log once"
+    assert type(raised).__name__ == kind, "hooks and callers get what the node raised"
+    eventually(lambda: in_process.task_runs(flow_run_id(state)).get("telling"))
+    in_process.await_states(flow_run_id(state), {"telling": "Failed"})
+    run = in_process.task_runs(flow_run_id(state))["telling"]
+    assert kind in run["state"]["message"]
+    assert text in run["state"]["message"]
+    assert len(run["state"]["message"]) < 11_000
+    shown = [r for r in caplog.records if r.name.startswith("prefect")]
+    assert all(len(str(r.exc_info)) + len(r.getMessage()) < 60_000 for r in shown)
 
 
 def test_the_first_of_several_failures_is_raised(in_process: Server) -> None:

@@ -73,6 +73,8 @@ def _comparable(name, value):
         return sorted(node.name for node in value.nodes)
     if name == "run_params":
         own = {"run_id", "session_id", "project_path", "runner"}
+        # `kedro run` puts the names into a set, whose order differs from process to process.
+        value = {**value, "pipeline_names": sorted(value.get("pipeline_names") or [])}
         return {key: item or None for key, item in value.items() if key not in own}
     return type(value).__name__
 
