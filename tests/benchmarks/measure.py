@@ -55,7 +55,7 @@ async def count_recorded(flow_run_id: Any) -> int:
         return answer.json()
 
 
-def await_recorder(flow_run_id: Any, expected: int, patience: float = 15) -> None:
+def await_recorder(flow_run_id: Any, expected: int, patience: float = 8) -> None:
     """Wait until the server has recorded the task runs: it would disturb what is measured next.
 
     Prefect's server loses some of thousands: give up when none comes for `patience` seconds.
