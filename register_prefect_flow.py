@@ -58,7 +58,6 @@ FILTERS = (
 )  # fmt: skip
 NAMES_SHOWN = 50  # in an error that lists what there is
 TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
-MERMAID_EDGES = 500  # more than that, mermaid draws nothing
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer
 REGISTER_TIMEOUT = 60  # seconds in which it has to register: its database may be busy
 
@@ -120,17 +119,23 @@ def _pipeline_names(options: Options) -> list[str]:
     return [] if names == ["__default__"] else names
 
 
+def _need(package: Any, version: str, what: str) -> None:
+    """Refuse what came with a later version of Kedro or Prefect than this."""
+    if _version(package.__version__) < _version(version):
+        name = package.__name__.capitalize()
+        raise click.ClickException(
+            f"{what} needs {name} {version} or newer, and this is {name} {package.__version__}:"
+            f" leave it out, or pip install '{package.__name__}>={version}'"
+        )
+
+
 def _check_supported(options: Options) -> None:
-    several = options["only_missing_outputs"] or len(options["namespaces"]) > 1
-    for needed, is_asked_for, what in (
-        ("1.0", several, "only_missing_outputs and more than one of namespaces need"),
-        ("1.2", len(_pipeline_names(options)) > 1, "several pipelines at once need"),
-    ):
-        if is_asked_for and _version(needed) > _KEDRO:
-            raise click.ClickException(
-                f"{what} Kedro {needed} or newer, and this is Kedro {kedro.__version__}."
-                f" pip install 'kedro>={needed}', or leave them out"
-            )
+    if options["only_missing_outputs"]:
+        _need(kedro, "1.0", "only_missing_outputs")
+    if len(options["namespaces"]) > 1:
+        _need(kedro, "1.0", "More than one of namespaces")
+    if len(_pipeline_names(options)) > 1:
+        _need(kedro, "1.2", "More than one pipeline at once")
 
 
 def _filter_pipeline(pipeline: Pipeline, options: Options) -> Pipeline:
@@ -364,13 +369,15 @@ def _project_errors(doing: str) -> Iterator[None]:
     except click.ClickException:
         raise
     except Exception as error:
-        where = ""
-        for frame in traceback.extract_tb(error.__traceback__):
-            path = Path(frame.filename)
-            in_environment = path.is_relative_to(sys.prefix)  # which may lie in the project
-            if path.is_relative_to(PROJECT_PATH) and not in_environment and path != THIS_FILE:
-                where = f"\n  at {path}, line {frame.lineno}"
-        message = f"{doing} failed.\n  {type(error).__name__}: {error}{where}"
+        frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+        where = [
+            f"\n  at {path}, line {line}"
+            for path, line in frames
+            if path.is_relative_to(PROJECT_PATH)
+            and not path.is_relative_to(sys.prefix)  # which may lie in the project
+            and path != THIS_FILE
+        ]
+        message = f"{doing} failed.\n  {type(error).__name__}: {error}{''.join(where[-1:])}"
         raise click.ClickException(message) from error
 
 
@@ -426,20 +433,17 @@ def _bootstrap(project_path: Path) -> ProjectMetadata:
 
 def _check_telemetry() -> None:
     """Refuse a run that would stop to ask for consent where nobody can answer."""
-    decided = (PROJECT_PATH / ".telemetry").exists()
-    if decided or "kedro-telemetry" in settings.DISABLE_HOOKS_FOR_PLUGINS:
-        return
-    try:
-        version = importlib.metadata.version("kedro-telemetry")
-    except importlib.metadata.PackageNotFoundError:
-        return
+    name = "kedro-telemetry"
+    decided = (PROJECT_PATH / ".telemetry").exists() or name in settings.DISABLE_HOOKS_FOR_PLUGINS
+    opted_out = os.environ.get("DO_NOT_TRACK") or os.environ.get("KEDRO_DISABLE_TELEMETRY")
     remedy = "decide in a file: cp .telemetry.example .telemetry (or: echo 'consent: false')"
-    if _version(version) < (0, 6):  # these ask, and know no opt-out variable
-        raise click.ClickException(
-            f"kedro-telemetry {version} would stop every flow run to ask for consent: {remedy}"
-        )
-    if not (os.environ.get("DO_NOT_TRACK") or os.environ.get("KEDRO_DISABLE_TELEMETRY")):
-        click.echo(f"Warning: kedro-telemetry will send usage data from flow runs; {remedy}")
+    with suppress(importlib.metadata.PackageNotFoundError):
+        # Older ones ask, and know no variable to opt out.
+        if _version(importlib.metadata.version(name)) < (0, 6) and not decided:
+            problem = f"{name} would stop every flow run to ask for consent"
+            raise click.ClickException(f"{problem}: {remedy}")
+        if not (decided or opted_out):
+            click.echo(f"Warning: {name} will send usage data from flow runs; {remedy}")
 
 
 def _locate_conf(options: Options) -> str:
@@ -485,21 +489,20 @@ def _open_session(options: Options) -> Any:
 
 def _load_whole_pipeline(options: Options) -> Pipeline:
     """Return all nodes of the pipelines that a run names."""
-    whole = Pipeline([])
-    for name in _pipeline_names(options) or ["__default__"]:
-        with _project_errors("Loading the pipelines (pipeline_registry.py)"):
-            pipeline = pipelines.get(name)
-            if pipeline is None:
-                _request_pipelines([])
-                registered = list(pipelines)
+    names = _pipeline_names(options) or ["__default__"]
+    with _project_errors("Loading the pipelines (pipeline_registry.py)"):
+        found: Any = {name: pipelines.get(name) for name in names}
+        if None in found.values():
+            _request_pipelines([])
+            registered = list(pipelines)
+    for name, pipeline in found.items():
         if pipeline is None:
             raise click.ClickException(
                 f"There is no pipeline '{name}'." + _close_matches(name, registered, "pipelines")
             )
         if not pipeline.nodes:
             raise click.ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
-        whole += pipeline
-    return whole
+    return sum(found.values(), Pipeline([]))
 
 
 def _dataset_names(pipeline: Pipeline) -> set[str]:
@@ -537,61 +540,54 @@ def _load_pipeline(options: Options) -> Pipeline:
         ) from error
 
 
-def _explain_missing(names: list[str], options: Options) -> str:
-    """Say what could provide inputs that a run lacks: a node that is filtered out, or an entry."""
-    text = f"No catalog entry, pattern or parameter provides pipeline input {', '.join(names)}."
+def _read_entries(env: str, options: Options) -> set[str]:
+    """Name the datasets and credentials that an environment has; what cannot be read has none."""
+    names: set[str] = set()
+    with suppress(Exception):
+        session = _open_session(options | {"env": env})
+        loader = _call_with_params(session._get_config_loader, options)
+        for section in ("catalog", "credentials"):
+            with suppress(Exception):
+                names |= set(loader[section])
+    return names
+
+
+def _remedies(message: str, options: Options) -> Iterator[str]:
+    """Find what a message says is missing: behind a filter, or in what only `kedro run` reads."""
+    words = {word.strip(".:") for word in re.findall(r"[^\s'\"{},()]+", message)}
     whole = _load_whole_pipeline(options)
     unfiltered: Options = {kind: [] for kind in FILTERS}
+    inputs = words & _filter_pipeline(whole, options).inputs()
+    if "pipeline input" not in message.lower():  # as Kedro says of what is missing, and we do
+        inputs = set()
+    if inputs:
+        conf = f"{options['conf_source'] or settings.CONF_SOURCE}/"
+        yield f" Add it to {conf}base or {conf}{_environment(options)}, or run what makes it."
     for node in whole.nodes:
-        if made := ", ".join(name for name in names if name in node.outputs):
-            one_filter = {kind: {**options, **unfiltered, kind: options[kind]} for kind in FILTERS}
-            by = [k for k in FILTERS if node not in _filter_pipeline(whole, one_filter[k]).nodes]
-            text += f" Node '{node.name}' makes {made}, and {' and '.join(by)} leaves it out."
-    conf = options["conf_source"] or settings.CONF_SOURCE
-    return f"{text} Add it to {conf}/base or {conf}/{_environment(options)}, or run what makes it."
-
-
-def _suggest_local(message: str, options: Options) -> str:
-    """Name what a message misses, and the environment that `kedro run` reads has."""
-    local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
-    entries: dict[str, set[str]] = {_environment(options): set(), local: set()}
-    for env, names in entries.items():
-        with suppress(Exception):  # what cannot be read has no entries to suggest
-            session = _open_session(options | {"env": env})
-            loader = _call_with_params(session._get_config_loader, options)
-            for section in ("catalog", "credentials"):
-                with suppress(Exception):
-                    names |= set(loader[section])
-    words = {word.strip(".:") for word in re.findall(r"[^\s'\"{},()]+", message)}
-    if found := ", ".join(sorted(words & (entries[local] - entries[_environment(options)]))):
-        return f" Environment {local}, which `kedro run` reads, has {found}: use --env {local}."
-    return ""
+        if made := ", ".join(sorted(inputs.intersection(node.outputs))):
+            alone = {kind: {**options, **unfiltered, kind: options[kind]} for kind in FILTERS}
+            by = [k for k in FILTERS if node not in _filter_pipeline(whole, alone[k]).nodes]
+            yield f" Node '{node.name}' makes {made}, and {' and '.join(by)} leaves it out."
+    env, local = options["env"], settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
+    if found := words & _read_entries(local, options) - _read_entries(env, options):
+        has = f"Environment {local}, which `kedro run` reads, has {', '.join(sorted(found))}"
+        yield f" {has}: use --env {local}."
 
 
 def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None]:
     """Make every dataset of the pipeline, as a run would; None stands for memory."""
-    env, names = options["env"], sorted(_dataset_names(pipeline))
     try:
-        with _project_errors(f"Loading the catalog and parameters of environment '{env}'"):
+        with _project_errors(f"Loading catalog and parameters of environment '{options['env']}'"):
             catalog = _load_catalog(_open_session(options), options)
+            names = sorted(_dataset_names(pipeline))
             datasets = {name: _get_dataset(catalog, name) for name in names}
             if missing := sorted(name for name in pipeline.inputs() if datasets[name] is None):
-                raise click.ClickException(_explain_missing(missing, options))
+                problem = "No catalog entry, pattern or parameter provides pipeline input"
+                raise click.ClickException(f"{problem} {', '.join(missing)}.")
     except click.ClickException as error:
-        message = error.message + _suggest_local(error.message, options)
+        message = error.message + "".join(_remedies(error.message, options))
         raise click.ClickException(message) from error
     return datasets
-
-
-def _explain(error: Exception, options: Options) -> str | None:
-    """Say how to mend what ended a run; None: nobody but the project's author knows."""
-    message = str(error)
-    if isinstance(error, ValueError) and message.startswith("Pipeline input(s)"):
-        inputs = _load_pipeline(options).inputs()
-        names = sorted(name for name in inputs if f"'{name}'" in message)
-        message = _explain_missing(names, options)
-    message += _suggest_local(message, options)
-    return message if message != str(error) else None
 
 
 # ---- conf/<env>/prefect.yml ----
@@ -666,8 +662,7 @@ def _check(where: str, found: Any, shape: Any) -> None:
     shapes = shape if isinstance(shape, tuple) else (shape,)
     types = [each if isinstance(each, type) else type(each) for each in shapes]
     if re.sub(r"^deployments?(\[\d+\])?\.|\[\d+\]", "", where) in _ONLY_PREFECT_3:
-        problem = f"needs Prefect 3, and this is Prefect {prefect.__version__}: leave it out."
-        raise click.ClickException(f"prefect.yml: {where} {problem}")
+        _need(prefect, "3.2", f"prefect.yml: {where}")
     if range in types and type(found) is int and found not in shapes[0]:
         raise click.ClickException(f"prefect.yml: {where} is {found}, and has to be 1 or more.")
     kinds: list[Any] = [int if kind is range else kind for kind in types]
@@ -701,6 +696,12 @@ def _merge(*layers: Options) -> Options:
     return merged
 
 
+def _read(where: str, make: Callable[..., Any], fields: Options) -> Any:
+    """Let Prefect read a part of prefect.yml, and say which part it is that it refuses."""
+    with _project_errors(f"Reading {where} in prefect.yml"):
+        return make(**fields)
+
+
 def _read_config(session: Any, options: Options) -> _Config:
     """Read prefect.yml with the project's own config loader, and check what a run needs of it."""
     with _project_errors("Loading prefect.yml"):
@@ -713,12 +714,11 @@ def _read_config(session: Any, options: Options) -> _Config:
             found = {}
     _check("", found, _SHAPE | {"deployment": object, "deployments": object})
     empty: Options = {"deployment": {}, "deployments": [], "task_runner": {}, "tasks": {}}
-    config = _Config(**{**empty, **found})
+    config = _Config(**empty | found)
     if (kind := config.task_runner.pop("type", "threads")) != "threads":
         raise click.ClickException(f"prefect.yml: task_runner.type is '{kind}', not 'threads'.")
     for name, task_options in config.tasks.items():
-        with _project_errors(f"Reading tasks.{name} in prefect.yml"):
-            Task(fn=lambda: None, **task_options)
+        _read(f"tasks.{name}", Task, {"fn": lambda: None, **task_options})
     return config
 
 
@@ -744,8 +744,9 @@ def _deployment_sections(config: _Config) -> dict[str, Options]:
     return sections
 
 
-def _read_schedule(where: str, section: Options) -> tuple[Any, set[str], Options]:
+def _read_schedule(number: int, section: Options) -> tuple[Any, set[str], Options]:
     """Make a schedule; return it with the names of what is set of it, and what stands beside it."""
+    where = f"deployment.schedules[{number}]"
     classes = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
     kinds = [kind for kind in classes if kind in section]
     if len(kinds) != 1:
@@ -754,18 +755,20 @@ def _read_schedule(where: str, section: Options) -> tuple[Any, set[str], Options
             " interval and rrule."
         )
     timing = {kinds[0], "timezone", "anchor_date", "day_or"} & section.keys()
-    with _project_errors(f"Reading {where} in prefect.yml"):
-        schedule = classes[kinds[0]](**{name: section[name] for name in timing})
+    schedule = _read(where, classes[kinds[0]], {name: section[name] for name in timing})
     others = {name: section[name] for name in section.keys() - timing}
     return schedule, timing | {"timezone"}, others
 
 
-def _read_trigger(where: str, name: str, section: Options) -> Any:
+def _read_trigger(name: str, number: int, section: Options) -> Any:
     from prefect.events import DeploymentTriggerTypes
     from pydantic import TypeAdapter
 
-    with _project_errors(f"Reading {where} in prefect.yml"):
-        return TypeAdapter(DeploymentTriggerTypes).validate_python({"name": name, **section})
+    def read(**fields: Any) -> Any:
+        return TypeAdapter[Any](DeploymentTriggerTypes).validate_python(fields)
+
+    fields = {"name": f"{name}__automation_{number + 1}", **section}
+    return _read(f"deployment.triggers[{number}]", read, fields)
 
 
 def _read_place(section: Options) -> Options:
@@ -807,41 +810,25 @@ def _read_deployment(name: str, section: Options, given: Options, options: Optio
     if limit:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig
 
-        with _project_errors("Reading deployment.concurrency_limit in prefect.yml"):
-            ConcurrencyLimitConfig(**limit)
+        _read("deployment.concurrency_limit", ConcurrencyLimitConfig, limit)
     schedules, triggers = section.get("schedules", []), section.get("triggers", [])
     if len(schedules) > 1 and not _SEVERAL_SCHEDULES:
-        raise click.ClickException(
-            "prefect.yml: deployment.schedules has more than one, which needs Prefect 2.16, and"
-            f" this is Prefect {prefect.__version__}."
-        )
-    options = _merge(
-        options, section.get("parameters", {}), {k: options[k] for k in options if k in given}
-    )
+        _need(prefect, "2.16", "prefect.yml: more than one of schedules")
+    given_options = {option: options[option] for option in options if option in given}
+    as_they_are: Any = ("tags", "description", "paused", "enforce_parameter_schema")
     return _Deployment(
         name=name,
-        parameters=options,
+        parameters=_merge(options, section.get("parameters", {}), given_options),
         pull_steps=[_read_place(section)],
         job_variables=pool.get("job_variables", {}),
-        schedules=[
-            _read_schedule(f"deployment.schedules[{number}]", schedule)
-            for number, schedule in enumerate(schedules)
-        ],
-        triggers=[
-            _read_trigger(
-                f"deployment.triggers[{number}]", f"{name}__automation_{number + 1}", trigger
-            )
-            for number, trigger in enumerate(triggers)
-        ],
+        schedules=[_read_schedule(number, schedule) for number, schedule in enumerate(schedules)],
+        triggers=[_read_trigger(name, number, trigger) for number, trigger in enumerate(triggers)],
         work_pool_name=given.get("work_pool_name", pool.get("name")),
         work_queue_name=given.get("work_queue_name", pool.get("work_queue_name")),
         version=given.get("version", section.get("version") and str(section["version"])),
-        tags=section.get("tags"),
-        description=section.get("description"),
-        paused=section.get("paused"),
-        enforce_parameter_schema=section.get("enforce_parameter_schema"),
         concurrency_limit=limit.pop("limit", None),
         concurrency_options=limit or None,
+        **{field: cast("Any", section.get(field)) for field in as_they_are},
     )
 
 
@@ -947,18 +934,8 @@ def _plain(text: str) -> str:
     )
 
 
-def _draw(pipeline: Pipeline) -> list[str]:
-    """Draw the pipeline in mermaid; nothing where it has more edges than that draws."""
-    ids = {node: f"n{number}" for number, node in enumerate(pipeline.nodes)}
-    labels = {node: html.escape(" ".join(node.name.replace("`", "'").split())) for node in ids}
-    needs = pipeline.node_dependencies.items()
-    edges = [f"{ids[before]} --> {ids[node]}" for node, all_ in needs for before in sorted(all_)]
-    nodes = [f'{ids[node]}["{labels[node]}"]' for node in ids]
-    return ["\n```mermaid\ngraph TD", *nodes, *edges, "```"] * (len(edges) <= MERMAID_EDGES)
-
-
 def _describe(plan: _Plan) -> str:
-    """Account for the pipeline in Markdown, with a graph; without values that may be secret."""
+    """Account for the pipeline in Markdown, without values that may be secret."""
     shown = plan.options | {"runtime_params": list(plan.options.get("runtime_params", ()))}
     return "\n".join(
         [
@@ -971,7 +948,6 @@ def _describe(plan: _Plan) -> str:
                 for number, layer in enumerate(plan.pipeline.grouped_nodes, start=1)
                 for node in layer
             ),
-            *_draw(plan.pipeline),
         ]
     )
 
@@ -1306,8 +1282,9 @@ def _run_pipeline(options: Options) -> dict[str, str]:
             with session:
                 _run_session(session, runner, options)
         except Exception as error:
-            if not _came_through(error, kedro_task) and (message := _explain(error, options)):
-                raise click.ClickException(message) from error
+            remedies = () if _came_through(error, kedro_task) else _remedies(str(error), options)
+            if text := "".join(remedies):
+                raise click.ClickException(f"{error}{text}") from error
             raise
     outputs: dict[str, str] = runner._outputs
     return outputs
@@ -1620,11 +1597,8 @@ def _check_usage(given: Options, deployment_name: str) -> None:
     if len(how) > 1 or ("all_deployments" in given and "deployment_name" in given):
         names = " and ".join(f"--{name}" for name in [*how, "deployment_name"][:2])
         raise click.UsageError(f"{names} exclude each other.")
-    if "serve" in given and not _PREFECT_3:
-        raise click.UsageError(
-            f"--serve needs Prefect 3, and this is Prefect {prefect.__version__}: register with"
-            " --work_pool_name, and start a worker or an agent."
-        )
+    if "serve" in given:
+        _need(prefect, "3.2", "--serve")
     for option in ("work_pool_name", "work_queue_name", "logging_level"):
         if option in given and given.keys() & {"run", "serve"}:
             raise click.UsageError(

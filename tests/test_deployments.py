@@ -203,7 +203,7 @@ def test_several_schedules_are_refused_where_there_is_one(project: Path) -> None
     write(project, "deployment: {schedules: [{cron: '0 1 * * *'}, {cron: '0 2 * * *'}]}\n")
     done = register(project, None)
     assert done.returncode == 1
-    assert "deployment.schedules has more than one, which needs Prefect 2.16" in done.stderr
+    assert "more than one of schedules needs Prefect 2.16" in done.stderr
 
 
 def pause(server: Server, deployment: dict[str, Any]) -> None:
