@@ -23,6 +23,7 @@ import html
 import importlib
 import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import queue
@@ -84,6 +85,7 @@ for _name, _found, _floor in (
             f" {_found}." + f" pip install '{_name.lower()}>={_floor}'" * (_name != "Python")
         )
 
+from kedro import io as kedro_io
 from kedro.config import AbstractConfigLoader, MissingConfigException
 from kedro.framework.cli import utils as kedro_cli
 from kedro.framework.project import pipelines, settings
@@ -93,7 +95,7 @@ from kedro.logging import RichHandler
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
-from prefect import Task, flow, get_client, get_run_logger, task
+from prefect import Task, flow, get_client, get_run_logger, runtime, task
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
@@ -170,12 +172,14 @@ def _call_with_params(method: Any, options: Options) -> Any:
     return method(**{"runtime_params": options["runtime_params"]} if takes_them else {})
 
 
-def _load_catalog(session: Any, options: Options) -> Any:
+def _load_catalog(session: Any, options: Options) -> tuple[Any, Any]:
+    """Return the context and the catalog of a session."""
     context = _call_with_params(session.load_context, options)
     if names := _pipeline_names(options):  # whose parameters Kedro 1.7 checks
         context._pipelines_to_validate = names
     arguments = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
-    return context._get_catalog(load_versions=options["load_versions"], **arguments)
+    arguments |= {"save_version": session.session_id, "load_versions": options["load_versions"]}
+    return context, context._get_catalog(**arguments)
 
 
 def _run_session(session: Any, runner: SequentialRunner, options: Options) -> None:
@@ -199,6 +203,16 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     # Kedro 0.18.12 brought patterns, and `in` to ask for them.
     known = catalog if hasattr(catalog, "__contains__") else catalog.list()
     return catalog._get_dataset(name) if name in known else None
+
+
+# Kedro 0.18.12 renamed it.
+_Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("AbstractDataSet"))
+
+
+def _is_in_memory(dataset: Any | None) -> bool:
+    # Kedro 0.18 had no mark for it.
+    old = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")
+    return dataset is None or bool(getattr(dataset, "_EPHEMERAL", old))
 
 
 _actions: Any = importlib.import_module("prefect.client.schemas.actions")
@@ -229,7 +243,7 @@ if _PREFECT_3:
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
-        """Yield a function that submits a task, given the ended futures of what it needs."""
+        """Yield a function that submits a task, given futures or runs, ended, of what it needs."""
         runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
 
         def submit(task: Any, needed: list[Any]) -> Any:
@@ -238,7 +252,8 @@ if _PREFECT_3:
             # For each future to wait for, Prefect fetches a result through another thread, in a
             # millisecond. One that failed is enough, and edges can be drawn without.
             failed: list[Any] = [future for future in needed if not future.state.is_completed()]
-            edges: set[Any] = {TaskRunResult(id=future.task_run_id) for future in needed}
+            ids = (getattr(other, "task_run_id", None) or other.id for other in needed)
+            edges: set[Any] = {TaskRunResult(id=other) for other in ids}
             return runner.submit(
                 task, {}, wait_for=failed[:1] or [None], dependencies={"wait_for": edges}
             )
@@ -294,6 +309,8 @@ if _PREFECT_3:
         return deployment_id
 
 else:
+    from prefect.client.schemas.objects import TaskRun
+
     # Agents gave way to workers in Prefect 2.16.4.
     _AGENT_POOL_TYPE = "prefect-agent"
     _SUGGESTED_POOL_TYPE = "process" if _PREFECT >= (2, 16, 4) else _AGENT_POOL_TYPE
@@ -302,9 +319,11 @@ else:
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
-        """Yield a function that submits a task, given the ended futures of what it needs."""
+        """Yield a function that submits a task, given futures or runs, ended, of what it needs."""
         del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
-        yield lambda task, wait_for: task.submit(wait_for=wait_for)
+        yield lambda task, needed: task.submit(
+            wait_for=[other.state if isinstance(other, TaskRun) else other for other in needed]
+        )
 
     def _call_when_done(future: Any, callback: Callable[[], None]) -> None:
         # Futures have no callbacks before Prefect 3: a thread waits for each of the few in flight.
@@ -509,6 +528,15 @@ def _dataset_names(pipeline: Pipeline) -> set[str]:
     return set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
 
 
+def _is_parameter(name: str) -> bool:
+    return name == "parameters" or name.startswith("params:")
+
+
+def _plain_name(dataset: str) -> str:
+    """Return a dataset's name without the transcoding."""
+    return dataset.partition("@")[0]
+
+
 def _namespaces(node: Node) -> set[str]:
     """Return the namespaces that a node is in: for a.b, that is a and a.b."""
     parts = (node.namespace or "").split(".")
@@ -578,7 +606,7 @@ def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None
     """Make every dataset of the pipeline, as a run would; None stands for memory."""
     try:
         with _project_errors(f"Loading catalog and parameters of environment '{options['env']}'"):
-            catalog = _load_catalog(_open_session(options), options)
+            _, catalog = _load_catalog(_open_session(options), options)
             names = sorted(_dataset_names(pipeline))
             datasets = {name: _get_dataset(catalog, name) for name in names}
             if missing := sorted(name for name in pipeline.inputs() if datasets[name] is None):
@@ -614,7 +642,8 @@ _DEPLOYMENT: Options = {  # the keys of Prefect's prefect.yaml; `path` and `sour
 }  # fmt: skip
 _SHAPE: Options = {
     "deployment": _DEPLOYMENT, "deployments": [_DEPLOYMENT],
-    "task_runner": {"type": str, "max_workers": _POSITIVE, "is_async": bool},
+    "flow": {"retries": int, "retry_delay_seconds": _NUMBER},
+    "task_runner": {"type": str, "max_workers": _POSITIVE, "is_async": bool, "resume": bool},
     "tasks": {str: {
         "retries": int, "retry_delay_seconds": (*_NUMBER, list), "retry_jitter_factor": _NUMBER,
         "timeout_seconds": _NUMBER, "tags": list, "log_prints": bool, "description": str,
@@ -653,6 +682,7 @@ class _Config(NamedTuple):
 
     deployment: Any  # of all deployments
     deployments: Any  # each with a name
+    flow: Options
     task_runner: Options
     tasks: dict[str, Options]
 
@@ -713,7 +743,7 @@ def _read_config(session: Any, options: Options) -> _Config:
         except (MissingConfigException, KeyError):
             found = {}
     _check("", found, _SHAPE | {"deployment": object, "deployments": object})
-    empty: Options = {"deployment": {}, "deployments": [], "task_runner": {}, "tasks": {}}
+    empty: Options = {name: {} for name in _Config._fields} | {"deployments": []}
     config = _Config(**empty | found)
     if (kind := config.task_runner.pop("type", "threads")) != "threads":
         raise click.ClickException(f"prefect.yml: task_runner.type is '{kind}', not 'threads'.")
@@ -893,11 +923,11 @@ def _load_project(options: Options) -> tuple[ProjectMetadata, _Config]:
 
 def _where(name: str, dataset: Any | None) -> str:
     """Say where a dataset lives."""
-    if name == "parameters" or name.startswith("params:"):
+    if _is_parameter(name):
         return "parameters"
     if dataset is None:
         return "memory, released after its last reader"
-    about = dataset._describe()
+    about = dataset._describe() or {}
     filepath, protocol = about.get("filepath", ""), about.get("protocol", "file")
     prefix = "" if protocol == "file" else f"{protocol}://"
     return f"{type(dataset).__name__} {prefix}{filepath}".rstrip()
@@ -985,17 +1015,29 @@ class _Run(NamedTuple):
     hook_manager: Any
     is_async: bool
     run_id: str | None
+    fingerprint: str  # of the whole pipeline, and the options of the flow run
     errors: dict[str, BaseException]  # by node name, as they were raised
 
 
 _runs: dict[str, _Run] = {}  # those that go on in this process
-_started: Counter[Any] = Counter()  # task runs, by flow run
+_started: Counter[str | None] = Counter()  # task runs, by flow run
 
 
-def _count_task_run() -> None:
-    context: Any = FlowRunContext.get()
-    if context:
-        _started[context.flow_run.id] += 1
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _task_key(node: Node, run: _Run) -> str:
+    """Identify what a node does in a run: it tells a retried flow run what need not run again.
+
+    Prefect 2 also finds the task runs of a retried flow run by this key.
+    """
+    found: Any = {name: _get_dataset(run.catalog, name) for name in (*node.inputs, *node.outputs)}
+    values = {name: found[name].load() for name in node.inputs if _is_parameter(name)}
+    lasting = [name for name in node.outputs if not _is_in_memory(found[name])]
+    digest = _digest(values, {name: _where(name, found[name]) for name in lasting})
+    return f"node/{run.fingerprint}/{run.run_id}/{digest}/{node.name}"
 
 
 def _came_through(error: BaseException, *functions: Any) -> bool:
@@ -1067,8 +1109,6 @@ def instantiate_task(node: Node, run_key: str, like: Task[[], None]) -> Task[[],
     node_task.fn = run_node_task
     node_task.name = node.name
     node_task.task_run_name = lambda: node.name
-    # Prefect 2 finds the task runs of a retried flow run by this key, which has to be the node's.
-    node_task.task_key = f"{__name__}.{node.name}"
     return node_task
 
 
@@ -1128,9 +1168,15 @@ class _Scheduler:
     """
 
     def __init__(
-        self, pipeline: Pipeline, tasks: dict[Node, Any], submit: Any, max_workers: int
+        self,
+        pipeline: Pipeline,
+        tasks: dict[Node, Any],
+        submit: Any,
+        max_workers: int,
+        earlier: dict[str, Any],
     ) -> None:
         self._tasks, self._submit, self._free = tasks, submit, max_workers
+        self._earlier = earlier
         self._needed = pipeline.node_dependencies
         self._nodes = pipeline.nodes if max_workers == 1 else _longest_path_first(pipeline)
         self._position = {node: index for index, node in enumerate(self._nodes)}
@@ -1146,10 +1192,13 @@ class _Scheduler:
             heapq.heappush(self._ready, self._position[node])
         while self._ready and self._free:
             node = self._nodes[heapq.heappop(self._ready)]
-            needed = sorted(self._needed[node], key=self._position.__getitem__)
+            ended = sorted(self._needed[node], key=self._position.__getitem__)
+            needed = [self._futures[other] for other in ended]
+            names = self._earlier.keys() & map(_plain_name, node.inputs)
+            needed += {self._earlier[name].id: self._earlier[name] for name in names}.values()
             self._free -= 1
-            _count_task_run()
-            future = self._submit(self._tasks[node], [self._futures[other] for other in needed])
+            _started[runtime.flow_run.id] += 1
+            future = self._submit(self._tasks[node], needed)
             self._futures[node] = future
             _call_when_done(future, functools.partial(self._ended.put, node))
 
@@ -1196,6 +1245,9 @@ class PrefectRunner(SequentialRunner):
         self._max_workers = max_workers or _default_max_workers()
         self._task_options = task_options
         self._outputs: dict[str, str] = {}  # where each lives, after a run
+        self._resume = True
+        self._fingerprint = ""  # of pipeline and options, in a flow run that can be retried
+        self._earlier: dict[str, Any] = {}  # by dataset: the task run of an attempt that wrote it
 
     @property
     def _logger(self) -> logging.Logger:
@@ -1210,12 +1262,16 @@ class PrefectRunner(SequentialRunner):
         used_tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
         tags = used_tags & _call_api(_read_limited_tags()) if used_tags else used_tags
         nodes, key = {node.name: node for node in pipeline.nodes}, uuid.uuid4().hex
-        _runs[key] = run = _Run(nodes, catalog, hook_manager, self._is_async, run_id, errors={})
+        _runs[key] = run = _Run(
+            nodes, catalog, hook_manager, self._is_async, run_id, self._fingerprint, errors={}
+        )
         try:
             layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options, tags)
             tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
+            for node, node_task in tasks.items():
+                node_task.task_key = _task_key(node, run)
             with _task_runner(self._max_workers) as submit:
-                scheduler = _Scheduler(pipeline, tasks, submit, self._max_workers)
+                scheduler = _Scheduler(pipeline, tasks, submit, self._max_workers, self._earlier)
                 self._follow(scheduler, run, pipeline)
         finally:
             del _runs[key]
@@ -1252,13 +1308,149 @@ class PrefectRunner(SequentialRunner):
             raise RuntimeError(f"A task run ended as {_final_state(future).name}")
 
 
+# ---- Resuming: a flow run that is retried goes on where it failed ----
+
+
+async def _read_task_runs(flow_run_id: Any, expected: int, patience: float) -> list[Any]:
+    """Return the task runs of a flow run, as soon as so many of them have ended.
+
+    Prefect 3 records task runs later than they end. Gives up when nothing has changed for
+    `patience` seconds.
+    """
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    this_run = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(str(flow_run_id))]))
+    loop = asyncio.get_running_loop()
+    recorded, changed = -1, loop.time()
+    async with get_client() as client:
+        while True:
+            runs: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
+            offset = 0
+            while page := await client.read_task_runs(flow_run_filter=this_run, offset=offset):
+                runs.update({run.id: run for run in page if run.state})
+                offset += len(page)
+            states = [run.state for run in runs.values()]
+            ended = sum(state.is_final() or state.name == "NotReady" for state in states)
+            if ended >= expected or loop.time() - changed > patience:
+                return list(runs.values())
+            if ended != recorded:
+                recorded, changed = ended, loop.time()
+            await asyncio.sleep(0.2)
+
+
+def _pin_version(dataset: Any, session_id: str) -> None:
+    """Load what this run has saved, even if another run has saved since."""
+    if version := getattr(dataset, "_version", None):
+        dataset._version = type(version)(version.load or session_id, session_id)
+
+
+def _is_lost(dataset: Any) -> bool:
+    """Tell whether what a dataset had is gone; those that cannot tell count as there."""
+    can_tell = not _is_in_memory(dataset) and type(dataset)._exists is not _Dataset._exists
+    return can_tell and not dataset.exists()
+
+
+def _remove_version(dataset: Any) -> None:
+    """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
+    if getattr(dataset, "_version", None) and hasattr(dataset, "_fs"):
+        path = str(dataset._get_versioned_path(dataset.resolve_save_version()))
+        if dataset._exists_function(path):
+            dataset._fs.rm(path, recursive=True)
+            dataset.release()  # it remembers versions
+
+
+def _why_again(node: Node, run: _Run, task_run: Any, datasets: dict[str, Any]) -> str:
+    """Say why the earlier run of a node does not do; nothing: it does."""
+    if task_run is None or not task_run.state.is_completed():
+        return str(task_run.state.name) if task_run else "not run"
+    if task_run.task_key != _task_key(node, run):
+        return "parameters or catalog have changed"
+    lost = ", ".join(name for name in node.outputs if _is_lost(datasets[name]))
+    return f"{lost} is gone" if lost else ""
+
+
+def _find_what_runs_again(
+    pipeline: Pipeline, run: _Run, earlier: dict[str, Any]
+) -> dict[Node, str]:
+    """Return the nodes to run, each with the reason: Kedro's resume suggestion, node by node."""
+    outputs = chain.from_iterable(node.outputs for node in pipeline.nodes)
+    found = {name: _get_dataset(run.catalog, name) for name in outputs}
+    datasets = {name: getattr(dataset, "_dataset", dataset) for name, dataset in found.items()}
+    for dataset in datasets.values():  # also those in a cache
+        _pin_version(dataset, str(run.run_id))
+    needs, again = pipeline.node_dependencies, cast("dict[Node, str]", {})
+    for node in pipeline.nodes:  # those before others come first
+        reason = _why_again(node, run, earlier.get(node.name), datasets)
+        if reason or needs[node] & again.keys():
+            again[node] = reason or "what it needs is made again"
+    for node in (todo := list(again)):  # which grows
+        inputs = set(map(_plain_name, node.inputs))
+        for maker in needs[node] - again.keys():
+            used = [name for name in maker.outputs if _plain_name(name) in inputs]
+            if kept := ", ".join(name for name in used if _is_in_memory(datasets[name])):
+                again[maker] = f"{kept} was only in memory"
+                todo.append(maker)
+    for name in chain.from_iterable(node.outputs for node in again):
+        _remove_version(datasets[name])
+    return again
+
+
+def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | None:
+    """Leave out what earlier attempts of this flow run have completed; None: that is all.
+
+    All runs again where that is not known for sure.
+    """
+    log, flow_run = get_run_logger(), cast("Any", FlowRunContext.get()).flow_run
+    pipeline = _load_pipeline(options)
+    shape = [[node.name, node.inputs, node.outputs] for node in pipeline.nodes]
+    runner._fingerprint = _digest(options, shape)
+    if flow_run.run_count <= 1 or not runner._resume:
+        return options
+    try:  # of this process, all but kedro_init
+        read = _read_task_runs(flow_run.id, expected=_started[str(flow_run.id)] - 1, patience=10)
+        runs = [run for run in _call_api(read) if run.task_key.startswith("node/")]
+    except Exception as error:
+        log.warning("All nodes run again: the server does not say what has completed: %s", error)
+        return options
+    runs.sort(key=lambda run: run.expected_start_time or run.created)
+    _, fingerprint, session_id, *_ = runs[-1].task_key.split("/") if runs else [""] * 3
+    if fingerprint != runner._fingerprint:
+        changed = "parameters or nodes are others than before" if runs else "none has been run"
+        log.warning("All nodes run again: %s", changed)
+        return options
+    last = {run.task_key.split("/", 4)[4]: run for run in runs if f"/{session_id}/" in run.task_key}
+    session.session_id = session_id
+    if hasattr(session, "_store"):
+        session._store["session_id"] = session_id
+    context, catalog = _load_catalog(session, options)
+    session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
+    context._get_catalog = lambda **_: catalog
+    run = _Run({}, catalog, None, False, session_id, fingerprint, {})
+    again = _find_what_runs_again(pipeline, run, last)
+    done = [node for node in pipeline.nodes if node not in again]
+    runner._earlier = {_plain_name(name): last[node.name] for node in done for name in node.outputs}
+    log.info("Resuming session %s: %d of %d nodes had completed", session_id, len(done), len(shape))
+    for node in list(again)[:NAMES_SHOWN]:
+        log.info("Runs again: %s (%s)", node.name, again[node])
+    names = [node.name for node in pipeline.nodes if node in again]
+    return options | {"node_names": names, "run_id": session_id} if names else None
+
+
+async def _set_retries(flow_run: Any, retries: int = 0, retry_delay_seconds: int = 0) -> None:
+    """Set what section flow of prefect.yml says; the server decides at the end of the flow run."""
+    policy = flow_run.empirical_policy
+    policy.retries, policy.retry_delay = retries, retry_delay_seconds
+    async with get_client() as client:
+        await client.update_flow_run(flow_run.id, empirical_policy=policy)
+
+
 # ---- Flow ----
 
 
 @task(persist_result=False)
 def kedro_init(options: Options) -> Any:
     """Bootstrap the project, and make the Kedro session and the runner of this flow run."""
-    _count_task_run()
+    _started[runtime.flow_run.id] += 1
     logger = get_run_logger()
     logger.info("Bootstrapping project")
     with _bearable_errors():
@@ -1269,7 +1461,12 @@ def kedro_init(options: Options) -> Any:
         session = _open_session(options)
         config = _read_config(session, options)
     logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
-    return session, PrefectRunner(**config.task_runner, task_options=config.tasks)
+    if config.flow:
+        _call_api(_set_retries(cast("Any", FlowRunContext.get()).flow_run, **config.flow))
+    resume = config.task_runner.pop("resume", True)
+    runner = PrefectRunner(**config.task_runner, task_options=config.tasks)
+    runner._resume = resume
+    return session, runner
 
 
 def _run_pipeline(options: Options) -> dict[str, str]:
@@ -1280,7 +1477,8 @@ def _run_pipeline(options: Options) -> dict[str, str]:
         session, runner = initialized
         try:
             with session:
-                _run_session(session, runner, options)
+                if left := _resume(session, runner, options):
+                    _run_session(session, runner, left)
         except Exception as error:
             remedies = () if _came_through(error, kedro_task) else _remedies(str(error), options)
             if text := "".join(remedies):
@@ -1520,30 +1718,6 @@ def _serve(plan: _Plan) -> None:
 # ---- Command line ----
 
 
-async def _await_recording(flow_run_id: Any, patience: float) -> None:
-    """Wait for the embedded server of Prefect 3, which records task runs later than they end.
-
-    It stops with this process, and loses what it has not recorded. Gives up when nothing has
-    changed for `patience` seconds.
-    """
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-    this_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-    loop = asyncio.get_running_loop()
-    recorded, changed = -1, loop.time()
-    async with get_client() as client:
-        while recorded < _started[flow_run_id] and loop.time() - changed < patience:
-            states: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
-            offset = 0
-            while page := await client.read_task_runs(flow_run_filter=this_run, offset=offset):
-                states.update({run.id: run.state for run in page if run.state})
-                offset += len(page)
-            ended = sum(s.is_final() or s.name == "NotReady" for s in states.values())
-            if ended != recorded:
-                recorded, changed = ended, loop.time()
-            await asyncio.sleep(0.2)
-
-
 @contextmanager
 def _interruptible(server: Any) -> Iterator[None]:
     """Let the first Ctrl-C end a run in order, and a second one this process at once."""
@@ -1579,7 +1753,9 @@ def _run_now(plan: _Plan) -> None:
         with suppress(KeyboardInterrupt):
             state = my_flow(**plan.deployment.parameters, return_state=True)
         if server and _started:
-            _call_api(_await_recording(next(reversed(_started)), patience=10 if state else 2))
+            # It stops with this process, and loses what it has not recorded.
+            flow_run_id, expected = next(reversed(_started.items()))
+            _call_api(_read_task_runs(flow_run_id, expected, patience=10 if state else 2))
     if state is None:
         click.echo("Stopped by Ctrl-C.", err=True)
         sys.exit(130)

@@ -93,9 +93,13 @@ class Server:
         self.env = {"PREFECT_API_URL": self.url}
         self.folder = folder
         self.worker: subprocess.Popen[bytes]
-        env = {"PREFECT_HOME": str(folder)}
+        self.start_server()
+
+    def start_server(self) -> None:
+        """Start the server, for the first time or again, with the same address and database."""
         command = [BIN / "prefect", "server", "start", "--port", str(self.port)]
-        self.process = self.start(command, "server", cwd=folder, env=env)
+        env = {"PREFECT_HOME": str(self.folder)}
+        self.process = self.start(command, "server", cwd=self.folder, env=env)
 
     def start(
         self, command: list[Any], name: str, cwd: Path, env: dict[str, str]

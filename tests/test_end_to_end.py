@@ -87,7 +87,7 @@ def test_a_run_gives_what_kedro_run_gives(
 
 
 def test_two_runs_at_once_both_succeed(server: Server, pool: str, project: Path) -> None:
-    (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 3\n")
+    (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 8\n")
     deployment = register_and_forget(project, server, pool)
     with ThreadPoolExecutor() as threads:
         triggers = [threads.submit(server.trigger, deployment, cwd=project) for _ in range(2)]

@@ -76,7 +76,7 @@ def test_the_settings_shown_are_taken(tmp_path: Path) -> None:
     assert len(shown) == 3
     for text in shown:
         if not register_prefect_flow._PREFECT_3:
-            text = re.sub(r"\n    concurrency_limit: .*?\ntask_runner", "\ntask_runner", text, flags=re.DOTALL)  # noqa: PLW2901  # fmt: skip
+            text = re.sub(r"\n    concurrency_limit: .*?\nflow:", "\nflow:", text, flags=re.DOTALL)  # noqa: PLW2901  # fmt: skip
         conf = write(tmp_path, text)
         for name in ("nightly", "scoring"):
             assert read_deployment(conf, name).pull_steps

