@@ -201,7 +201,7 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     if _KEDRO_1:  # catalog.get returns None for what the catalog does not have
         return catalog.get(name)
     # Kedro 0.18.12 brought patterns, and `in` to ask for them.
-    known = catalog if hasattr(catalog, "__contains__") else catalog.list()
+    known = catalog if hasattr(catalog, "__contains__") else catalog._data_sets
     return catalog._get_dataset(name) if name in known else None
 
 
@@ -1033,8 +1033,9 @@ def _task_key(node: Node, run: _Run) -> str:
 
     Prefect 2 also finds the task runs of a retried flow run by this key.
     """
-    found: Any = {name: _get_dataset(run.catalog, name) for name in (*node.inputs, *node.outputs)}
-    values = {name: found[name].load() for name in node.inputs if _is_parameter(name)}
+    parameters = list(filter(_is_parameter, node.inputs))
+    found: Any = {name: _get_dataset(run.catalog, name) for name in (*parameters, *node.outputs)}
+    values = {name: found[name].load() for name in parameters}
     lasting = [name for name in node.outputs if not _is_in_memory(found[name])]
     digest = _digest(values, {name: _where(name, found[name]) for name in lasting})
     return f"node/{run.fingerprint}/{run.run_id}/{digest}/{node.name}"
@@ -1401,9 +1402,6 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
     All runs again where that is not known for sure.
     """
     log, flow_run = get_run_logger(), cast("Any", FlowRunContext.get()).flow_run
-    pipeline = _load_pipeline(options)
-    shape = [[node.name, node.inputs, node.outputs] for node in pipeline.nodes]
-    runner._fingerprint = _digest(options, shape)
     if flow_run.run_count <= 1 or not runner._resume:
         return options
     try:  # of this process, all but kedro_init
@@ -1425,11 +1423,14 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
     context, catalog = _load_catalog(session, options)
     session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
     context._get_catalog = lambda **_: catalog
+    pipeline = _load_pipeline(options)
     run = _Run({}, catalog, None, False, session_id, fingerprint, {})
     again = _find_what_runs_again(pipeline, run, last)
     done = [node for node in pipeline.nodes if node not in again]
     runner._earlier = {_plain_name(name): last[node.name] for node in done for name in node.outputs}
-    log.info("Resuming session %s: %d of %d nodes had completed", session_id, len(done), len(shape))
+    completed = sum(run.state.is_completed() for run in last.values())
+    counts = f"{completed} of {len(pipeline.nodes)}"
+    log.info("Resuming session %s: %s nodes had completed", session_id, counts)
     for node in list(again)[:NAMES_SHOWN]:
         log.info("Runs again: %s (%s)", node.name, again[node])
     names = [node.name for node in pipeline.nodes if node in again]
@@ -1457,7 +1458,7 @@ def kedro_init(options: Options) -> Any:
         metadata = _bootstrap(PROJECT_PATH)
         _request_pipelines(_pipeline_names(options))
         _check_environment(options)
-        _load_pipeline(options)
+        nodes = _load_pipeline(options).nodes
         session = _open_session(options)
         config = _read_config(session, options)
     logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
@@ -1465,7 +1466,8 @@ def kedro_init(options: Options) -> Any:
         _call_api(_set_retries(cast("Any", FlowRunContext.get()).flow_run, **config.flow))
     resume = config.task_runner.pop("resume", True)
     runner = PrefectRunner(**config.task_runner, task_options=config.tasks)
-    runner._resume = resume
+    shape = [[node.name, node.inputs, node.outputs] for node in nodes]
+    runner._resume, runner._fingerprint = resume, _digest(options, shape)
     return session, runner
 
 

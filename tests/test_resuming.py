@@ -154,7 +154,7 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
 
     eventually(lambda: len(logged(server, flow_run_id)) == 4)
     assert logged(server, flow_run_id) == [
-        f"Resuming session {first.name}: 3 of 6 nodes had completed",
+        f"Resuming session {first.name}: 4 of 6 nodes had completed",
         "Runs again: flaky (Failed)",
         "Runs again: keep (kept was only in memory)",
         "Runs again: last (NotReady)",
