@@ -121,25 +121,6 @@ def _pipeline_names(options: Options) -> list[str]:
     return [] if names == ["__default__"] else names
 
 
-def _need(package: Any, version: str, what: str) -> None:
-    """Refuse what came with a later version of Kedro or Prefect than this."""
-    if _version(package.__version__) < _version(version):
-        name = package.__name__.capitalize()
-        raise click.ClickException(
-            f"{what} needs {name} {version} or newer, and this is {name} {package.__version__}:"
-            f" leave it out, or pip install '{package.__name__}>={version}'"
-        )
-
-
-def _check_supported(options: Options) -> None:
-    if options["only_missing_outputs"]:
-        _need(kedro, "1.0", "only_missing_outputs")
-    if len(options["namespaces"]) > 1:
-        _need(kedro, "1.0", "More than one of namespaces")
-    if len(_pipeline_names(options)) > 1:
-        _need(kedro, "1.2", "More than one pipeline at once")
-
-
 def _filter_pipeline(pipeline: Pipeline, options: Options) -> Pipeline:
     filters = {name: options[name] for name in FILTERS}
     namespaces = filters.pop("namespaces")
@@ -210,8 +191,7 @@ _Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("Abstra
 
 
 def _is_in_memory(dataset: Any | None) -> bool:
-    # Kedro 0.18 had no mark for it.
-    old = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")
+    old = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")  # 0.18 had no mark for it
     return dataset is None or bool(getattr(dataset, "_EPHEMERAL", old))
 
 
@@ -369,6 +349,16 @@ def _default_max_workers() -> int:
 
 
 # ---- Errors: what a user can mend is one message without a traceback ----
+
+
+def _need(package: Any, version: str, what: str) -> None:
+    """Refuse what came with a later version of Kedro or Prefect than this."""
+    if _version(package.__version__) < _version(version):
+        name = package.__name__.capitalize()
+        raise click.ClickException(
+            f"{what} needs {name} {version} or newer, and this is {name} {package.__version__}:"
+            f" leave it out, or pip install '{package.__name__}>={version}'"
+        )
 
 
 def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
@@ -553,6 +543,15 @@ def _explain_filters(pipeline: Pipeline, options: Options) -> Iterator[str]:
     for kind, there in zip(FILTERS, known, strict=True):
         for value in sorted(set(options[kind]) - there):
             yield f"\n  {kind}: '{value}'." + _close_matches(value, there, kind)
+
+
+def _check_supported(options: Options) -> None:
+    if options["only_missing_outputs"]:
+        _need(kedro, "1.0", "only_missing_outputs")
+    if len(options["namespaces"]) > 1:
+        _need(kedro, "1.0", "More than one of namespaces")
+    if len(_pipeline_names(options)) > 1:
+        _need(kedro, "1.2", "More than one pipeline at once")
 
 
 def _load_pipeline(options: Options) -> Pipeline:

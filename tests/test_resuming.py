@@ -27,7 +27,7 @@ def save(numbers):
 
 
 def keep(numbers):
-    return note("keep", 1)
+    return note("keep", 1), time.time_ns()
 
 
 def aside(numbers):
@@ -58,7 +58,7 @@ def last(result):
 PIPELINE = """
     flaky = pipeline([
         node(nodes.save, "numbers", "saved", name="save"),
-        node(nodes.keep, "numbers", "kept", name="keep"),
+        node(nodes.keep, "numbers", ["kept", "kept_copy"], name="keep"),
         node(nodes.aside, "numbers", "aside", name="aside"),
         node(nodes.finish_aside, ["aside"], "side", name="finish_aside"),
         node(nodes.flaky, ["saved", "kept"], "result", name="flaky"),
@@ -68,6 +68,7 @@ PIPELINE = """
 
 CATALOG = """
 saved: {type: pickle.PickleDataset, filepath: data/saved.pickle, versioned: true}
+kept_copy: {type: pickle.PickleDataset, filepath: data/kept.pickle, versioned: true}
 result: {type: json.JSONDataset, filepath: data/result.json, versioned: true}
 end: {type: json.JSONDataset, filepath: data/end.json}
 """
@@ -143,6 +144,8 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
     versions = {path.name for path in (flaky / "data/result.json").iterdir()}
     assert first.name in versions, "the save version is that of the first attempt"
     assert len(versions) == len(list((flaky / "data/saved.pickle").iterdir())) == 2
+    [again] = (flaky / "data/kept.pickle").glob(f"{first.name}/*")
+    assert again.stat().st_mtime > first.stat().st_mtime, "saved anew, in the same version"
 
     calls = [json.loads(call) for call in (trace(flaky) - before).elements()]
     [params] = [c[2] for c in calls if c[0] == "before_pipeline_run" and c[1] == "plugin"]
