@@ -47,7 +47,7 @@ def write(conf: Path, text: str, env: str = "base", name: str = "prefect.yml") -
 
 
 def test_all_of_it_is_optional(tmp_path: Path) -> None:
-    nothing = register_prefect_flow._Config({}, [], {}, {})
+    nothing = register_prefect_flow._Config({}, [], {}, {}, {})
     assert load(write(tmp_path, "{}", name="catalog.yml")) == nothing
     assert load(write(tmp_path, "tasks:\ndeployments:\n")) == nothing
 
@@ -307,7 +307,7 @@ def plan_of(*nodes: Any, **options: Any) -> Any:
     script = register_prefect_flow
     deployment = script._read_deployment("any", {}, {}, {**OPTIONS, **options})
     metadata = SimpleNamespace(project_name="Any")
-    config = script._Config({}, [], {}, {})
+    config = script._Config({}, [], {}, {}, {})
     return script._Plan(metadata, pipeline([*nodes]), {}, config, {}, deployment)
 
 
