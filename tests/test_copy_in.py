@@ -139,8 +139,8 @@ WAITING = """
 import functools
 import register_prefect_flow as script
 
-await_recording = script._await_recording
-script._await_recording = lambda flow_run_id, patience: await_recording(flow_run_id, 1000)
+read_task_runs = script._read_task_runs
+script._read_task_runs = lambda id, expected, patience: read_task_runs(id, expected, 1000)
 try:
     script.prefect_deploy(["--run"], standalone_mode=False)
 except script.click.ClickException as error:

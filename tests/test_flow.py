@@ -105,7 +105,7 @@ def test_what_only_conf_local_has_is_named(
         (project / "conf/local/catalog.yml").write_text(entry)
         name = "numbers"
     else:
-        (project / "conf/local/credentials.yml").write_text("door: {key: secret}\n")
+        (project / "conf/local/credentials.yml").write_text("door: {key: xyzzy4711}\n")
         guarded = catalog.read_text().replace(
             "data/numbers.json", "data/numbers.json\n  credentials: door"
         )
@@ -117,7 +117,7 @@ def test_what_only_conf_local_has_is_named(
     message = done.stderr[done.stderr.index("Error: ") :]
     hint = f"Environment local, which `kedro run` reads, has {name}: use --env local."
     assert hint in message
-    assert "secret" not in done.stdout + done.stderr
+    assert "xyzzy4711" not in done.stdout + done.stderr
 
 
 FLAT = 'CONFIG_LOADER_ARGS = {"base_env": ".", "default_run_env": "."}\n'
