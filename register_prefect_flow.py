@@ -1763,7 +1763,8 @@ def _run_now(plan: _Plan) -> None:
     if not state.is_completed():
         raise click.ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
     click.echo("The flow run has completed. Its outputs:")
-    for name, where in state.result().items():
+    # A slow server may have been told twice; its answer to that is a state without data.
+    for name, where in (state.result() if state.data else {}).items():
         click.echo(f"  {name}: {where}")
 
 

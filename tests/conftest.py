@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,16 @@ class Server:
 
     def start_server(self) -> None:
         """Start the server, for the first time or again, with the same address and database."""
+        eventually(self.port_is_free)  # its last connections may linger
         command = [BIN / "prefect", "server", "start", "--port", str(self.port)]
         env = {"PREFECT_HOME": str(self.folder)}
         self.process = self.start(command, "server", cwd=self.folder, env=env)
+
+    def port_is_free(self) -> bool:
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("127.0.0.1", self.port))
+            return True
+        return False
 
     def start(
         self, command: list[Any], name: str, cwd: Path, env: dict[str, str]
@@ -151,7 +159,8 @@ class Server:
     def task_runs(self, flow_run_id: str) -> dict[str, dict[str, Any]]:
         """The task runs of a flow run, by the names of their tasks."""
         body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
-        runs = self.post("/task_runs/filter", body)
+        # Those of a node that has been run again come in any order: the last one counts.
+        runs = sorted(self.post("/task_runs/filter", body), key=lambda run: run["created"])
         # Prefect adds a number to a task's name where the run has no name of its own: kedro_init,
         # and on Prefect 2 what was not run.
         return {re.sub(r"-\w{1,3}$", "", run["name"]): run for run in runs}

@@ -46,6 +46,7 @@ def edges(server: Server, flow_run_id: str) -> set[tuple[str, str]]:
         (names[parent["id"]], name)
         for name, run in runs.items()
         for parent in run["task_inputs"].get("wait_for", [])
+        if parent["id"] in names  # recorded later, or run again since
     }
 
 
