@@ -23,13 +23,18 @@ import html
 import importlib
 import importlib.metadata
 import inspect
+import io
 import json
 import logging
+import logging.handlers
 import os
+import pickle
+import platform
 import queue
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -37,12 +42,12 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy
 from graphlib import TopologicalSorter
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import click
@@ -101,7 +106,12 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
 from prefect.logging.formatters import PrefectFormatter
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOCAL_STORAGE_PATH,
+    PREFECT_UI_URL,
+    temporary_settings,
+)
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.templating import resolve_block_document_references
 
@@ -184,6 +194,14 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     # Kedro 0.18.12 brought patterns, and `in` to ask for them.
     known = catalog if hasattr(catalog, "__contains__") else catalog._data_sets
     return catalog._get_dataset(name) if name in known else None
+
+
+def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
+    catalog._datasets.pop(name, None)  # or Kedro warns
+    if _KEDRO_1:
+        catalog[name] = dataset
+    else:
+        catalog.add(name, dataset)
 
 
 # Kedro 0.18.12 renamed it.
@@ -370,6 +388,15 @@ def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
     return f"{hint} The {kind} are: {', '.join(names[:NAMES_SHOWN]) or 'none'}{more}."
 
 
+def _import(name: str, package: str, what: str) -> Any:
+    """Import what is needed by those only who use it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        problem = f"prefect.yml: {what} needs {package}, which is not installed where the flow runs"
+        raise click.ClickException(f'{problem}: pip install "{package}"') from error
+
+
 @contextmanager
 def _project_errors(doing: str) -> Iterator[None]:
     """Say in one line what the project's own code or configuration raised, and where."""
@@ -496,6 +523,26 @@ def _open_session(options: Options) -> Any:
         return _create_session(_environment(options), conf_source, options["runtime_params"])
 
 
+def _adopt_session_id(session: Any, session_id: str) -> None:
+    session.session_id = session_id
+    if hasattr(session, "_store"):
+        session._store["session_id"] = session_id
+
+
+def _read_credentials(session: Any, options: Options, name: str) -> Options:
+    """Return an entry of credentials.yml."""
+    if not name:
+        return {}
+    try:
+        found = _call_with_params(session._get_config_loader, options)["credentials"]
+    except MissingConfigException:
+        found = {}
+    if name not in found:
+        problem = f"There are no credentials '{name}' in environment '{options['env']}'."
+        raise click.ClickException(problem + _close_matches(name, found, "credentials"))
+    return cast("Options", found[name])
+
+
 def _load_whole_pipeline(options: Options) -> Pipeline:
     """Return all nodes of the pipelines that a run names."""
     names = _pipeline_names(options) or ["__default__"]
@@ -546,6 +593,9 @@ def _explain_filters(pipeline: Pipeline, options: Options) -> Iterator[str]:
 
 
 def _check_supported(options: Options) -> None:
+    if options["checkpoints"]:
+        _need(kedro, "0.19", "checkpoints")
+        _need(prefect, "3.2", "checkpoints")
     if options["only_missing_outputs"]:
         _need(kedro, "1.0", "only_missing_outputs")
     if len(options["namespaces"]) > 1:
@@ -601,6 +651,19 @@ def _remedies(message: str, options: Options) -> Iterator[str]:
         yield f" {has}: use --env {local}."
 
 
+def _inner(dataset: Any) -> Any:
+    """Return what a cache is of."""
+    return getattr(dataset, "_dataset", dataset)
+
+
+def _pin_versions(catalog: Any, pipeline: Pipeline, session_id: str) -> None:
+    """Load what nodes save in a session, even if another run has saved since."""
+    for name in chain.from_iterable(node.outputs for node in pipeline.nodes):
+        dataset = _inner(_get_dataset(catalog, name))
+        if version := getattr(dataset, "_version", None):
+            dataset._version = type(version)(version.load or session_id, session_id)
+
+
 def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None]:
     """Make every dataset of the pipeline, as a run would; None stands for memory."""
     try:
@@ -619,10 +682,11 @@ def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None
 
 # ---- conf/<env>/prefect.yml ----
 
+_TASK_RUNNERS = ("threads", "processes", "dask", "ray")
 _NUMBER, _POSITIVE = (int, float), range(1, sys.maxsize)
 _PARAMETERS: Options = {
     "pipeline_name": str, "env": str, "runtime_params": dict, **dict.fromkeys(FILTERS, list),
-    "load_versions": dict, "only_missing_outputs": bool, "conf_source": str,
+    "load_versions": dict, "only_missing_outputs": bool, "conf_source": str, "checkpoints": str,
 }  # fmt: skip
 _DEPLOYMENT: Options = {  # the keys of Prefect's prefect.yaml; `path` and `source` are ours
     "name": str, "version": (str, *_NUMBER), "tags": list, "description": str, "paused": bool,
@@ -643,10 +707,11 @@ _SHAPE: Options = {
     "deployment": _DEPLOYMENT, "deployments": [_DEPLOYMENT],
     "flow": {"retries": int, "retry_delay_seconds": _NUMBER},
     "task_runner": {"type": str, "max_workers": _POSITIVE, "is_async": bool, "resume": bool},
+    "checkpoints": (str, {"url": str, "credentials": str}),
     "tasks": {str: {
         "retries": int, "retry_delay_seconds": (*_NUMBER, list), "retry_jitter_factor": _NUMBER,
         "timeout_seconds": _NUMBER, "tags": list, "log_prints": bool, "description": str,
-        "version": str,
+        "version": str, "resources": dict,
     }},
 }  # fmt: skip
 
@@ -684,6 +749,7 @@ class _Config(NamedTuple):
     flow: Options
     task_runner: Options
     tasks: dict[str, Options]
+    checkpoints: Any = None  # URL, or URL and credentials
 
 
 def _check(where: str, found: Any, shape: Any) -> None:
@@ -741,13 +807,27 @@ def _read_config(session: Any, options: Options) -> _Config:
             found = {name: value for name, value in loader["prefect"].items() if value is not None}
         except (MissingConfigException, KeyError):
             found = {}
-    _check("", found, _SHAPE | {"deployment": object, "deployments": object})
-    empty: Options = {name: {} for name in _Config._fields} | {"deployments": []}
+    shape = _SHAPE | {"deployment": object, "deployments": object}
+    section = found.get("task_runner")
+    kind = section.get("type", "threads") if isinstance(section, dict) else "threads"
+    if kind in ("dask", "ray"):  # which check what else there is
+        shape["task_runner"] = _SHAPE["task_runner"] | {str: object}
+    _check("", found, shape)
+    empty: Options = {name: {} for name in _Config._fields} | {"deployments": [], "checkpoints": None}
     config = _Config(**empty | found)
-    if (kind := config.task_runner.pop("type", "threads")) != "threads":
-        raise click.ClickException(f"prefect.yml: task_runner.type is '{kind}', not 'threads'.")
+    if kind not in _TASK_RUNNERS:
+        problem = f"prefect.yml: task_runner.type is '{kind}'."
+        raise click.ClickException(problem + _close_matches(kind, _TASK_RUNNERS, "types"))
+    if kind != "threads" or config.checkpoints:
+        what = f"prefect.yml: {'checkpoints' if config.checkpoints else f'task_runner.type {kind}'}"
+        _need(kedro, "0.19", what)
+        _need(prefect, "3.2", what)
     for name, task_options in config.tasks.items():
-        _read(f"tasks.{name}", Task, {"fn": lambda: None, **task_options})
+        if "resources" in task_options and kind not in ("dask", "ray"):
+            problem = f"prefect.yml: tasks.{name}.resources are for Dask and Ray"
+            raise click.ClickException(f"{problem}, and task_runner.type is '{kind}'.")
+        of_task = {key: value for key, value in task_options.items() if key != "resources"}
+        _read(f"tasks.{name}", Task, {"fn": lambda: None, **of_task})
     return config
 
 
@@ -1003,7 +1083,158 @@ def _make_plan(
     return _Plan(metadata, pipeline, datasets, config, section, deployment)
 
 
-# ---- Nodes as tasks ----
+# ---- Checkpoints: what nodes hand on to others, in files of a flow run ----
+
+
+class _Checkpoints(NamedTuple):
+    """Where those of a flow run lie."""
+
+    folder: str
+    credentials: Options
+
+    def path(self, dataset: str) -> str:
+        """Return the path of a dataset: any name makes a file name, and no two make the same."""
+        digest = hashlib.sha256(dataset.encode()).hexdigest()[:16]
+        return f"{self.folder}/{re.sub(r'[^A-Za-z0-9.-]', '_', dataset)[:50]}-{digest}.pickle"
+
+    def file_system(self) -> tuple[Any, str]:
+        """Return fsspec's file system, and the folder in its terms."""
+        fsspec: Any = importlib.import_module("fsspec.core")
+        file_system, path = fsspec.url_to_fs(self.folder, **self.credentials)
+        return file_system, str(path)
+
+
+class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of Kedro
+    """What a node hands on to others, pickled into a file: all of it, or nothing."""
+
+    def __init__(self, name: str, node: str, filepath: str, credentials: Options) -> None:
+        dataset: Any = importlib.import_module("kedro_datasets.pickle").PickleDataset
+        make = functools.partial(dataset, backend="cloudpickle", credentials=credentials)
+        self._what = f"Dataset '{name}', which node '{node}' makes,"
+        self._path, self._file = Path(filepath), make(filepath=filepath)
+        # On object stores a file is there when all of it has been written.
+        is_local = self._file._protocol == "file"
+        self._part = Path(f"{filepath}.part") if is_local else None
+        self._writer = make(filepath=str(self._part or filepath))
+
+    def load(self) -> Any:
+        return self._file.load()
+
+    def save(self, data: Any) -> None:
+        try:
+            if self._part:
+                self._part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._writer.save(data)
+            if self._part:
+                self._part.replace(self._path)
+        except Exception as error:
+            raise kedro_io.DatasetError(
+                f"{self._what} cannot be pickled to {self._path}: {error} Nodes hand it on in"
+                " that file, unless an entry in the catalog says how to save it."
+            ) from error
+
+    def _exists(self) -> bool:
+        return bool(self._file.exists())
+
+    def _describe(self) -> Options:
+        return {"filepath": str(self._path)}
+
+
+def _place_checkpoints(config: _Config, options: Options) -> Options:
+    """Return where checkpoints lie, and the name of credentials; nothing: there are none."""
+    place = options["checkpoints"] or config.checkpoints
+    place = dict(place) if isinstance(place, dict) else {"url": place}
+    kind = config.task_runner.get("type", "threads")
+    if not place.get("url") and kind != "threads":
+        address = str(config.task_runner.get("address", "local"))
+        if not re.search(r"^(local|auto)$|localhost|127\.0\.0\.1|\[::1\]", address):
+            raise click.ClickException(
+                f"prefect.yml: nodes on {address} hand data on in files: say where, with"
+                " checkpoints: <a URL or folder that all machines reach>"
+            )
+        place["url"] = str(PREFECT_LOCAL_STORAGE_PATH.value() / "kedro-checkpoints")
+    if not place.get("url"):
+        return {}
+    _import("kedro_datasets.pickle", "kedro-datasets[pickle]", "checkpoints")
+    if "://" not in place["url"]:
+        place["url"] = str(PROJECT_PATH / place["url"])
+    return place
+
+
+def _add_checkpoints(
+    catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints, kept: Iterable[str], cache: bool
+) -> None:
+    """Let what nodes write be in files as well, or instead of, in memory, but for what is kept."""
+    for node in pipeline.nodes:
+        for name in set(node.outputs).difference(kept):
+            dataset = _get_dataset(catalog, name)
+            if _is_in_memory(_inner(dataset)):
+                path = checkpoints.path(name)
+                made: Any = _Checkpoint(name, node.name, path, checkpoints.credentials)
+                mode = getattr(dataset, "_copy_mode", None)
+                made = kedro_io.CachedDataset(made, copy_mode=mode) if cache else made
+                _set_dataset(catalog, name, made)
+
+
+def _take_back(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> None:
+    """Put what a run returns in memory, as `kedro run` does."""
+    for name in pipeline.outputs():
+        dataset: Any = _get_dataset(catalog, name)
+        if _is_in_memory(_inner(dataset)):
+            path = checkpoints.path(name)
+            dataset.save(_Checkpoint(name, "", path, checkpoints.credentials).load())
+
+
+def _end_checkpoints(checkpoints: _Checkpoints | None, completed: bool) -> None:
+    """Remove those of a flow run that has completed; say where those of a failed one are."""
+    if checkpoints is None:
+        return
+    log = get_run_logger()
+    try:
+        files, folder = checkpoints.file_system()
+        if files.exists(folder) and completed:
+            files.rm(folder, recursive=True)
+        elif files.exists(folder):
+            size = files.du(folder) / 1e6
+            log.info("Checkpoints for a retry: %s, %.1f MB", checkpoints.folder, size)
+    except Exception as error:
+        log.warning("Checkpoints in %s: %s", checkpoints.folder, error)
+
+
+async def _find_finished(flow_run_ids: list[str]) -> list[str]:
+    """Return those flow runs that have completed, or that the server does not have."""
+    finished = []
+    async with get_client() as client:
+        for flow_run_id in flow_run_ids:
+            try:
+                state = (await client.read_flow_run(uuid.UUID(flow_run_id))).state
+            except ObjectNotFound:
+                state = None
+            if state is None or state.is_completed():
+                finished.append(flow_run_id)
+    return finished
+
+
+def _clean_checkpoints(config: _Config, options: Options) -> None:
+    """Remove the folders of flow runs that nobody will retry."""
+    place = _place_checkpoints(config, options)
+    if not place:
+        raise click.ClickException("prefect.yml has no checkpoints: name them with --checkpoints.")
+    credentials = _read_credentials(_open_session(options), options, place.get("credentials", ""))
+    files, folder = _Checkpoints(place["url"], credentials).file_system()
+    paths = files.ls(folder, detail=False) if files.exists(folder) else []
+    names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    runs = [
+        name for name in names if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
+    ]
+    with _server_errors("No checkpoint is removed"):
+        finished = _call_api(_find_finished(runs), REGISTER_TIMEOUT)
+    for flow_run_id in finished:
+        files.rm(f"{folder}/{flow_run_id}", recursive=True)
+    click.echo(f"Removed the checkpoints of {len(finished)} of {len(runs)} flow runs in {folder}")
+
+
+# ---- Nodes as tasks, here or in other processes ----
 
 
 class _Run(NamedTuple):
@@ -1016,6 +1247,7 @@ class _Run(NamedTuple):
     run_id: str | None
     fingerprint: str  # of the whole pipeline, and the options of the flow run
     errors: dict[str, BaseException]  # by node name, as they were raised
+    elsewhere: Callable[[Node], None] | None = None  # has a node run in another process
 
 
 _runs: dict[str, _Run] = {}  # those that go on in this process
@@ -1087,7 +1319,10 @@ def kedro_task(node_name: str, run_key: str) -> None:
     run = _runs[run_key]
     node = run.nodes[node_name]
     try:
-        _run_node(node, run.catalog, run.hook_manager, run.is_async, run.run_id)
+        if run.elsewhere:
+            run.elsewhere(node)
+        else:
+            _run_node(node, run.catalog, run.hook_manager, run.is_async, run.run_id)
     except SystemExit as ended:  # a failure of this node, and no end of anything else
         code, _ = _text_of(ended)
         run.errors[node_name] = RuntimeError(f"Node '{node_name}' called sys.exit({code})")
@@ -1123,6 +1358,7 @@ def init_kedro_tasks_by_execution_layer(
 
     def make(node: Node) -> Task[[], None]:
         options = _task_options(node, task_options or {})
+        options.pop("resources", None)  # which are for Dask and Ray
         options["tags"] = sorted({*options.get("tags", ()), *(node.tags & set(limited_tags))})
         key = repr(sorted(options.items()))
         if key not in made:  # without result there is nothing to hash, keep or look up
@@ -1130,6 +1366,368 @@ def init_kedro_tasks_by_execution_layer(
         return instantiate_task(node, run_key, made[key])
 
     return [{node: make(node) for node in layer} for layer in pipeline.grouped_nodes]
+
+
+# ---- Engines: other processes, here and on other machines ----
+#
+# Whatever the engine, a node runs in a child: a process that has opened the project for one flow
+# run, and so has the project's code as it is now. Names of nodes go there, and what happens comes
+# back. Dask and Ray say which machine has room for a child.
+
+_Messages = Iterator[tuple[str, bytes]]
+
+
+def _code_digest(metadata: ProjectMetadata) -> str:
+    """Identify the project's code."""
+    files = [THIS_FILE, *sorted(Path(metadata.source_dir).rglob("*.py"))]
+    return _digest([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+
+
+def _same_everywhere(metadata: ProjectMetadata) -> dict[str, str]:
+    """Return what has to be the same wherever nodes of a run are run."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"Kedro": kedro.__version__, "Python": python, "the code": _code_digest(metadata)}
+
+
+class _Printed(io.RawIOBase):
+    """What nodes print in a child, sent line by line."""
+
+    def __init__(self, say: Callable[[str, bytes], None]) -> None:
+        self._say = say
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._say("print", bytes(data))
+        return len(data)
+
+
+def _send_logs(say: Callable[[str, bytes], None]) -> None:
+    """Send all log records, at the levels that the project sets; handlers are the flow's."""
+    put = SimpleNamespace(put_nowait=lambda record: say("log", pickle.dumps(record)))
+    handler = logging.handlers.QueueHandler(cast("Any", put))
+    for name in (None, *logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler] if name is None or not logger.propagate else []
+
+
+@functools.cache  # a child has one flow run
+def _open_run(say: Callable[[str, bytes], None], told: str) -> _Run:
+    """Open the project in a child: configuration, catalog and hooks as in the flow."""
+    job = json.loads(told)
+    metadata = _bootstrap(PROJECT_PATH)
+    _send_logs(say)
+    for what, here in _same_everywhere(metadata).items():
+        if here != job["same"][what]:
+            values = "" if what == "the code" else f": {here} instead of {job['same'][what]}"
+            raise RuntimeError(
+                f"{what} of {PROJECT_PATH} on {platform.node()} is not that of the flow{values}."
+                " Update it there; if it has just been changed, start the run again."
+            )
+    options = job["options"]
+    _request_pipelines(_pipeline_names(options))
+    pipeline, session = _load_pipeline(options), _open_session(options)
+    _adopt_session_id(session, job["session_id"])
+    _, catalog = _load_catalog(session, options)
+    checkpoints = _Checkpoints(
+        job["folder"], _read_credentials(session, options, job["credentials"])
+    )
+    _add_checkpoints(catalog, pipeline, checkpoints, kept=(), cache=False)
+    _pin_versions(catalog, pipeline, job["session_id"])
+    nodes = {node.name: node for node in pipeline.nodes}
+    hooks = session._hook_manager
+    return _Run(nodes, catalog, hooks, job["is_async"], job["session_id"], "", {})
+
+
+def _pack_error(error: BaseException, with_object: bool) -> bytes:
+    """Write an exception down: as itself, if that can be, and as text."""
+    text = "".join(traceback.format_exception(error))
+    parts: Options = {"traceback": text.encode(errors="backslashreplace").decode()}
+    parts["text"] = f"{type(error).__name__}: {_text_of(error)[0]}"
+    with suppress(Exception):  # there is much that cannot be pickled
+        parts["error"] = pickle.dumps(error) if with_object else None
+    return pickle.dumps(parts)
+
+
+def _unpack_error(payload: bytes) -> BaseException:
+    parts = pickle.loads(payload)
+    remote = RuntimeError(f"in another process\n{parts['traceback']}")
+    error: Any = None
+    with suppress(Exception):  # of what it takes to make it again
+        error = pickle.loads(parts["error"])
+    if not isinstance(error, BaseException):
+        error = RuntimeError(parts["text"])
+    error.__cause__ = remote
+    return cast("BaseException", error)
+
+
+def _be_child(jobs_in: int, messages_out: int) -> None:
+    """Run nodes of a flow run, and say what happens, until whoever started this process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the flow that Ctrl-C stops
+    os.environ["KEDRO_DISABLE_TELEMETRY"] = "1"  # which the flow sends
+    jobs: queue.SimpleQueue[Options] = queue.SimpleQueue()
+    messages, lock = os.fdopen(messages_out, "wb"), threading.Lock()
+
+    def say(kind: str, payload: bytes) -> None:
+        with lock:
+            pickle.dump((kind, payload), messages)
+            messages.flush()
+
+    def listen() -> None:
+        with suppress(EOFError, OSError), os.fdopen(jobs_in, "rb") as file:
+            while True:
+                jobs.put(pickle.load(file))
+        os._exit(1)  # at once, whatever a node is doing
+
+    threading.Thread(target=listen, daemon=True).start()
+    raw = io.BufferedWriter(_Printed(say))
+    sys.stdout = io.TextIOWrapper(raw, line_buffering=True, errors="backslashreplace")
+    while True:
+        job = jobs.get()
+        is_open, end = False, ("ended", b"")
+        try:
+            _runs[job["run"]] = run = _open_run(say, job["told"])
+            is_open = True
+            with _bearable_errors(Node.run):
+                kedro_task(job["node"], job["run"])
+        except BaseException as error:  # what opening raises may refer to credentials
+            end = ("failed", _pack_error(error, with_object=is_open))
+        if is_open:
+            for name in (*run.nodes[job["node"]].inputs, *run.nodes[job["node"]].outputs):
+                run.catalog.release(name)
+        sys.stdout.flush()
+        say(*end)
+
+
+class _Child:
+    """The process of a child, as whoever started it sees it. Sent to Dask and Ray by value."""
+
+    def __init__(self, script: str) -> None:
+        code = (  # nothing but messages may come out of its stdout
+            "import os, sys; jobs, out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)"
+            "\nos.dup2(null, 0); os.dup2(null, 1); sys.path.insert(0, os.getcwd())"
+            "\nimport register_prefect_flow as script; os.dup2(2, 1); script._be_child(jobs, out)"
+        )
+        self.process: Any = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(script).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+        self.timer: Any = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with suppress(Exception):  # its end may come in the middle of a message
+            while True:
+                self.messages.put(pickle.load(self.process.stdout))
+        self.messages.put(("died", str(self.process.wait()).encode()))
+
+    def end(self) -> None:
+        """End it, and what it is doing."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for_job(self, idle: list[Any]) -> None:
+        """Stand by for another node, but not for long."""
+
+        def leave() -> None:
+            with suppress(ValueError):  # it has just been taken
+                idle.remove(self)
+                self.end()
+
+        self.timer = threading.Timer(60, leave)  # seconds
+        self.timer.daemon = True
+        idle.append(self)
+        self.timer.start()
+
+
+def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> _Messages:
+    """Run a node in a child, and yield what it says.
+
+    What outlives a call is kept beside this function, which Dask and Ray make anew for each call.
+    """
+    runs = vars(sys.modules.setdefault("_kedro_children", ModuleType("_kedro_children")))
+    idle: list[Any] = runs.setdefault(job["run"], [])
+    if not Path(job["script"]).exists():
+        raise FileNotFoundError(
+            f"{platform.node()} has no {job['script']}: the project has to lie there as it does"
+            " where the flow runs, with this file."
+        )
+    try:
+        child = idle.pop()
+        child.timer.cancel()
+    except IndexError:
+        child = _Child(job["script"])
+    kind = ""
+    try:
+        with suppress(OSError):  # it has died, and says so
+            pickle.dump(job, child.process.stdin)
+            child.process.stdin.flush()
+        while kind not in ("ended", "failed", "died"):
+            try:
+                kind, payload = child.messages.get(timeout=0.2)
+            except queue.Empty:
+                if runs.get(job["run"]) is not idle or (is_wanted and not is_wanted()):
+                    raise RuntimeError("the run has been stopped") from None
+            else:
+                yield kind, payload
+    finally:
+        if kind not in ("ended", "failed") or runs.get(job["run"]) is not idle:
+            child.end()
+        else:
+            child.wait_for_job(idle)
+
+
+def _end_children(run: str) -> None:
+    """End the children of a flow run."""
+    runs = vars(sys.modules.setdefault("_kedro_children", ModuleType("_kedro_children")))
+    for child in runs.pop(run, []):
+        child.end()
+
+
+class _Engine(NamedTuple):
+    """What runs nodes."""
+
+    size: int  # how many at once
+    # Takes a job and the resources that it needs; None: nodes run in the flow's own process.
+    send: Callable[[Options, Options], _Messages] | None
+    stop: Callable[[], Any]
+
+
+def _by_value(function: Any) -> bytes:
+    """Pickle a function so that it can be used where this file cannot be imported."""
+    cloudpickle: Any = importlib.import_module("cloudpickle")
+    if __name__ != "__main__":
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return cast("bytes", cloudpickle.dumps(function))
+
+
+@contextmanager
+def _start_threads(_: str, __: Options) -> Iterator[_Engine]:
+    yield _Engine(_default_max_workers(), None, lambda: None)
+
+
+@contextmanager
+def _start_processes(run: str, _: Options) -> Iterator[_Engine]:
+    stop = functools.partial(_end_children, run)
+    try:
+        yield _Engine(os.cpu_count() or 1, lambda job, _: _run_in_child(job), stop)
+    finally:
+        stop()
+
+
+@contextmanager
+def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
+    distributed = _import("distributed", "distributed", "task_runner.type dask")
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    run_in_child, end_children = _by_value(_run_in_child), _by_value(_end_children)
+
+    def work(job: Options) -> list[tuple[str, bytes]]:  # functions in functions are sent by value
+        worker = importlib.import_module("distributed").get_worker()
+        tasks, key = worker.state.tasks, worker.get_current_task()
+
+        def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
+            return key in tasks and tasks[key].state != "cancelled"
+
+        return list(pickle.loads(run_in_child)(job, is_wanted))
+
+    def send(job: Options, resources: Options) -> _Messages:
+        key, ended = f"{job['node']}-{uuid.uuid4().hex}", threading.Event()
+        future = client.submit(work, job, key=key, pure=False, resources=resources or None)
+        future.add_done_callback(lambda _: ended.set())
+        try:
+            while not ended.wait(0.2):  # in steps, so that a timeout can interrupt it
+                pass
+            yield from future.result()
+        finally:
+            future.cancel()
+
+    with ExitStack() as stack:
+        try:
+            if name := options.pop("cluster_class", None):
+                module, _, class_name = name.rpartition(".")
+                make = getattr(_import(module, module.partition(".")[0], name), class_name)
+                options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
+            client = stack.enter_context(distributed.Client(**{"timeout": 20} | options))
+            client.wait_for_workers(1, timeout=20)
+        except (OSError, asyncio.TimeoutError, TypeError, ValueError) as error:
+            where = options.get("address", "this machine")
+            raise click.ClickException(
+                f"prefect.yml: there is no Dask cluster with workers at {where}: {error}. Start"
+                " `dask scheduler` and `dask worker`, and give task_runner.address."
+            ) from error
+        stop = functools.partial(client.run, lambda: pickle.loads(end_children)(run))
+        try:
+            yield _Engine(sum(client.nthreads().values()), send, stop)
+        finally:
+            stop()
+
+
+@contextmanager
+def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # or Prefect's log_prints is undone
+    ray = _import("ray", "ray", "task_runner.type ray")
+    run_in_child = _by_value(_run_in_child)
+
+    def work(job: Options) -> _Messages:  # a function in a function is sent by value
+        yield from pickle.loads(run_in_child)(job)
+
+    def send(job: Options, resources: Options) -> _Messages:
+        stream = remote.options(**resources, max_retries=0).remote(job)
+        try:
+            while True:
+                if ray.wait([stream], timeout=0.2)[0]:  # in steps, so that a timeout can interrupt
+                    yield ray.get(next(stream))
+        except StopIteration:
+            return
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        finally:
+            ray.cancel(stream, force=True)
+
+    try:
+        ray.init(**options)
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        where = options.get("address", "this machine")
+        raise click.ClickException(
+            f"prefect.yml: there is no Ray cluster at {where}: {error}. Start `ray start --head`,"
+            " and give task_runner.address."
+        ) from error
+    remote = ray.remote(work)
+    try:
+        yield _Engine(int(ray.cluster_resources().get("CPU", 1)), send, ray.shutdown)
+    finally:
+        ray.shutdown()
+
+
+_ENGINES: Options = {
+    "threads": _start_threads,
+    "processes": _start_processes,
+    "dask": _start_dask,
+    "ray": _start_ray,
+}
+
+
+def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node) -> None:
+    """Run a node on an engine; what it prints and logs there, it prints and logs here."""
+    resources = _task_options(node, tasks).get("resources", {})
+    with closing(engine.send({**job, "node": node.name}, resources)) as messages:
+        for kind, payload in messages:
+            if kind == "print":
+                print(payload.decode(), end="")
+            elif kind == "log":
+                record = pickle.loads(payload)
+                logging.getLogger(record.name).handle(record)
+            elif kind == "failed":
+                raise _unpack_error(payload)
+            elif kind == "died":
+                raise RuntimeError(
+                    f"The process that ran node '{node.name}' died with exit code"
+                    f" {payload.decode()} (-9: killed, perhaps for lack of memory)"
+                )
 
 
 # ---- PrefectRunner ----
@@ -1242,9 +1840,13 @@ class PrefectRunner(SequentialRunner):
         super().__init__(is_async=is_async)
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}, and has to be 1 or more")
-        self._max_workers = max_workers or _default_max_workers()
+        self._max_workers = max_workers
         self._task_options = task_options
         self._outputs: dict[str, str] = {}  # where each lives, after a run
+        self._engine = "threads"
+        self._engine_options: Options = {}
+        self._job: Options = {}  # what an engine is told of the run
+        self._checkpoints: _Checkpoints | None = None
         self._resume = True
         self._fingerprint = ""  # of pipeline and options, in a flow run that can be retried
         self._earlier: dict[str, Any] = {}  # by dataset: the task run of an attempt that wrote it
@@ -1262,21 +1864,48 @@ class PrefectRunner(SequentialRunner):
         used_tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
         tags = used_tags & _call_api(_read_limited_tags()) if used_tags else used_tags
         nodes, key = {node.name: node for node in pipeline.nodes}, uuid.uuid4().hex
-        _runs[key] = run = _Run(
-            nodes, catalog, hook_manager, self._is_async, run_id, self._fingerprint, errors={}
-        )
-        try:
-            layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options, tags)
-            tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
-            for node, node_task in tasks.items():
-                node_task.task_key = _task_key(node, run)
-            with _task_runner(self._max_workers) as submit:
-                scheduler = _Scheduler(pipeline, tasks, submit, self._max_workers, self._earlier)
-                self._follow(scheduler, run, pipeline)
-        finally:
-            del _runs[key]
+        self._share(catalog, pipeline)
+        if self._engine != "threads":
+            _pin_versions(catalog, pipeline, str(run_id))
+        with _ENGINES[self._engine](key, self._engine_options) as engine:
+            told = json.dumps({**self._job, "session_id": run_id, "is_async": self._is_async})
+            job = {"run": key, "script": str(THIS_FILE), "told": told}
+            elsewhere = functools.partial(_hand_over, engine, job, self._task_options or {})
+            run = _Run(
+                nodes, catalog, hook_manager, self._is_async, run_id, self._fingerprint,
+                errors={}, elsewhere=elsewhere if engine.send else None,
+            )  # fmt: skip
+            self._run_tasks(pipeline, run, key, engine, tags)
+            if engine.send and self._checkpoints:
+                _take_back(catalog, pipeline, self._checkpoints)
         outputs = sorted(pipeline.outputs())
         self._outputs = {name: _where(name, _get_dataset(catalog, name)) for name in outputs}
+
+    def _share(self, catalog: Any, pipeline: Pipeline) -> None:
+        """Let what nodes hand on be in checkpoints."""
+        if self._checkpoints:
+            cache = self._engine == "threads"
+            _add_checkpoints(catalog, pipeline, self._checkpoints, pipeline.outputs(), cache)
+
+    def _run_tasks(
+        self, pipeline: Pipeline, run: _Run, key: str, engine: _Engine, tags: set[str]
+    ) -> None:
+        layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options, tags)
+        tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
+        for node, node_task in tasks.items():
+            node_task.task_key = _task_key(node, run)
+        max_workers = self._max_workers or engine.size
+        _runs[key] = run
+        try:
+            with _task_runner(max_workers) as submit:
+                scheduler = _Scheduler(pipeline, tasks, submit, max_workers, self._earlier)
+                try:
+                    self._follow(scheduler, run, pipeline)
+                except BaseException:
+                    engine.stop()  # or those that run would be waited for
+                    raise
+        finally:
+            del _runs[key]
 
     def _follow(self, scheduler: _Scheduler, run: _Run, pipeline: Pipeline) -> None:
         """Do all that follows from a node's end, until all have ended."""
@@ -1338,12 +1967,6 @@ async def _read_task_runs(flow_run_id: Any, expected: int, patience: float) -> l
             await asyncio.sleep(0.2)
 
 
-def _pin_version(dataset: Any, session_id: str) -> None:
-    """Load what this run has saved, even if another run has saved since."""
-    if version := getattr(dataset, "_version", None):
-        dataset._version = type(version)(version.load or session_id, session_id)
-
-
 def _is_lost(dataset: Any) -> bool:
     """Tell whether what a dataset had is gone; those that cannot tell count as there."""
     can_tell = not _is_in_memory(dataset) and type(dataset)._exists is not _Dataset._exists
@@ -1374,10 +1997,8 @@ def _find_what_runs_again(
 ) -> dict[Node, str]:
     """Return the nodes to run, each with the reason: Kedro's resume suggestion, node by node."""
     outputs = chain.from_iterable(node.outputs for node in pipeline.nodes)
-    found = {name: _get_dataset(run.catalog, name) for name in outputs}
-    datasets = {name: getattr(dataset, "_dataset", dataset) for name, dataset in found.items()}
-    for dataset in datasets.values():  # also those in a cache
-        _pin_version(dataset, str(run.run_id))
+    datasets = {name: _inner(_get_dataset(run.catalog, name)) for name in outputs}
+    _pin_versions(run.catalog, pipeline, str(run.run_id))
     needs, again = pipeline.node_dependencies, cast("dict[Node, str]", {})
     for node in pipeline.nodes:  # those before others come first
         reason = _why_again(node, run, earlier.get(node.name), datasets)
@@ -1416,13 +2037,12 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
         log.warning("All nodes run again: %s", changed)
         return options
     last = {run.task_key.split("/", 4)[4]: run for run in runs if f"/{session_id}/" in run.task_key}
-    session.session_id = session_id
-    if hasattr(session, "_store"):
-        session._store["session_id"] = session_id
+    _adopt_session_id(session, session_id)
     context, catalog = _load_catalog(session, options)
     session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
     context._get_catalog = lambda **_: catalog
     pipeline = _load_pipeline(options)
+    runner._share(catalog, pipeline)
     run = _Run({}, catalog, None, False, session_id, fingerprint, {})
     again = _find_what_runs_again(pipeline, run, last)
     done = [node for node in pipeline.nodes if node not in again]
@@ -1463,10 +2083,27 @@ def kedro_init(options: Options) -> Any:
     logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
     if config.flow:
         _call_api(_set_retries(cast("Any", FlowRunContext.get()).flow_run, **config.flow))
-    resume = config.task_runner.pop("resume", True)
-    runner = PrefectRunner(**config.task_runner, task_options=config.tasks)
+    place = _place_checkpoints(config, options)
+    settings_of = {"is_async": False, "max_workers": None, "resume": True, "type": "threads"}
+    is_async, max_workers, resume, kind = (
+        config.task_runner.pop(name, default) for name, default in settings_of.items()
+    )
+    runner = PrefectRunner(is_async, max_workers, config.tasks)
     shape = [[node.name, node.inputs, node.outputs] for node in nodes]
     runner._resume, runner._fingerprint = resume, _digest(options, shape)
+    runner._engine, runner._engine_options = kind, config.task_runner
+    if place:
+        folder = f"{place['url'].rstrip('/')}/{runtime.flow_run.id}"
+        credentials = place.get("credentials", "")
+        found = _read_credentials(session, options, credentials)
+        runner._checkpoints = _Checkpoints(folder, found)
+        same = {} if kind == "threads" else _same_everywhere(metadata)
+        runner._job = {
+            "options": options,
+            "same": same,
+            "folder": folder,
+            "credentials": credentials,
+        }
     return session, runner
 
 
@@ -1480,7 +2117,9 @@ def _run_pipeline(options: Options) -> dict[str, str]:
             with session:
                 if left := _resume(session, runner, options):
                     _run_session(session, runner, left)
+            _end_checkpoints(runner._checkpoints, completed=True)
         except Exception as error:
+            _end_checkpoints(runner._checkpoints, completed=False)
             remedies = () if _came_through(error, kedro_task) else _remedies(str(error), options)
             if text := "".join(remedies):
                 raise click.ClickException(f"{error}{text}") from error
@@ -1514,6 +2153,7 @@ def my_flow(
     load_versions: dict[str, str] = {},
     only_missing_outputs: bool = False,
     conf_source: str = "",
+    checkpoints: str = "",
 ) -> dict[str, str]:
     """Run a Kedro pipeline, each of its nodes as a Prefect task.
 
@@ -1531,6 +2171,7 @@ def my_flow(
         load_versions (dict): From versioned dataset to the version to load. Default: the newest.
         only_missing_outputs (bool): Skip nodes whose outputs are there (Kedro 1.0). Default: false.
         conf_source (str): Folder, archive or URL of the configuration. Default: the project's own.
+        checkpoints (str): URL for what nodes hand on (Kedro 0.19, Prefect 3). Default: prefect.yml.
     """
     return _run_pipeline(locals())
 
@@ -1771,7 +2412,8 @@ def _run_now(plan: _Plan) -> None:
 def _check_usage(given: Options, deployment_name: str) -> None:
     """Refuse what Prefect would refuse, and options that would do nothing."""
     _check_name(deployment_name)
-    how = [name for name in ("run", "serve", "all_deployments") if name in given]
+    ways = ("run", "serve", "all_deployments", "clean_checkpoints")
+    how = [name for name in ways if name in given]
     if len(how) > 1 or ("all_deployments" in given and "deployment_name" in given):
         names = " and ".join(f"--{name}" for name in [*how, "deployment_name"][:2])
         raise click.UsageError(f"{names} exclude each other.")
@@ -1813,6 +2455,7 @@ _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; fo
     ("load_versions", "-lv --load-versions", kedro_cli._split_load_versions,
      "DATA:VERSION,...", "Instead of the newest."),
     ("conf_source", "--conf-source", None, "PATH", "Configuration in another place than conf."),
+    ("checkpoints", "--checkpoints", None, "URL", "For what nodes hand on; see README."),
 )  # fmt: skip
 
 
@@ -1856,6 +2499,7 @@ def _kedro_run_options(command: Any) -> Any:
 @click.option("--run", is_flag=True, help="Run the flow now, in this process; needs no work pool.")
 @click.option("--serve", is_flag=True, help="Register, and run from this process until Ctrl-C.")
 @click.option("--dry_run", is_flag=True, help="Check everything, show the plan, change nothing.")
+@click.option("--clean_checkpoints", is_flag=True, help="Remove those nobody needs; nothing else.")
 @click.pass_context
 def prefect_deploy(
     context: click.Context, /, deployment_name: str, run: bool, serve: bool, dry_run: bool, **_: Any
@@ -1868,6 +2512,9 @@ def prefect_deploy(
     _check_usage(given, deployment_name)
     options = {name: context.params[name] for name in _PARAMETERS}
     project = _load_project(options)
+    if "clean_checkpoints" in given:
+        _reach_server()
+        return _clean_checkpoints(project[1], options)
     sections = _choose_sections(project[1], given, deployment_name)
     with_catalog = dry_run or not run  # a run loads it itself, and calls the hooks once
     plans = [

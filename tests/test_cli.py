@@ -351,7 +351,7 @@ def test_the_form_explains_and_offers(project: Path, server: Server, idle_pool: 
     assert done.returncode == 0, done.stdout + done.stderr
     path = f"/deployments/{re.search(r'with id (.+)', done.stdout)[1]}"
     properties = server.request("GET", path)["parameter_openapi_schema"]["properties"]
-    assert len(properties) == 13
+    assert len(properties) == 14
     assert all(field["description"] for field in properties.values())
     assert properties["only_missing_outputs"]["type"] == "boolean"
     for name in ("tags", "node_names", "from_inputs", "namespaces"):

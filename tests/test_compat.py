@@ -117,7 +117,7 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
 def test_max_workers_default_to_prefects_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert register_prefect_flow._default_max_workers() == min(32, os.cpu_count() + 4)
     name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
-    code = "import register_prefect_flow as r; print(r.PrefectRunner()._max_workers)"
+    code = "import register_prefect_flow as r; print(r._default_max_workers())"
     printed = run(sys.executable, "-c", code, cwd=SCRIPT.parent, env={name: "7"}).stdout
     has_setting = getattr(prefect.settings, name, None) is not None
     assert printed.split()[-1] == str(7 if has_setting else min(32, os.cpu_count() + 4))

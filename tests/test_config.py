@@ -83,7 +83,7 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("deploymint: {}", "prefect.yml has no deploymint. Did you mean deployment"),
-        ("task_runner: {type: dask}", "task_runner.type is 'dask', not 'threads'"),
+        ("task_runner: {type: tasks}", "task_runner.type is 'tasks'"),
         (
             "task_runner: {max_worker: 3}",
             "prefect.yml has no task_runner.max_worker. Did you mean max_w",

@@ -1,0 +1,613 @@
+"""Nodes in other processes, here and on Dask and Ray; and what they hand on, in checkpoints."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN, PREFECT_3, Server, copy_in, eventually, register, stop
+from features_project import KEDRO, write_features_project
+from test_features import FEATURES, compare
+from test_resuming import fail, flaky, logged, mend, ran, retry  # noqa: F401
+from tiny_project import write_tiny_project
+
+pytestmark = [
+    pytest.mark.skipif(not PREFECT_3 or KEDRO < (0, 19), reason="needs Kedro 0.19 and Prefect 3"),
+    pytest.mark.skipif(KEDRO >= (1,) and not find_spec("distributed"), reason="its lane has it"),
+]
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(not find_spec(package), reason="its lane has it"))
+    for name, package in (("processes", "sys"), ("dask", "distributed"), ("ray", "ray"))
+]
+with_dask = pytest.mark.skipif(not find_spec("distributed"), reason="its lane has it")
+with_ray = pytest.mark.skipif(not find_spec("ray"), reason="its lane has it")
+with_s3 = pytest.mark.skipif(not find_spec("moto"), reason="its lane has it")
+
+# Each process that runs nodes opens the project, and so has a context and a catalog of its own.
+PER_PROCESS = ("after_context_created", "after_catalog_created")
+
+
+def write_config(project: Path, text: str) -> None:
+    (project / "conf/base/prefect.yml").write_text(text + "\n")
+
+
+def write_pipeline(project: Path, functions: str, nodes: str) -> None:
+    """Give the project one pipeline, of these nodes."""
+    (project / "src/tiny/own.py").write_text(functions)
+    (project / "src/tiny/pipeline_registry.py").write_text(
+        "from kedro.pipeline import node, pipeline\nfrom tiny.own import *\n\n\n"
+        f"def register_pipelines():\n    return {{'__default__': pipeline([{nodes}])}}\n"
+    )
+
+
+def calls(run_: dict[str, Any]) -> list[str]:
+    return [call for call in run_["trace"] if json.loads(call)[0] not in PER_PROCESS]
+
+
+def children() -> list[str]:
+    """The processes that run nodes."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True)
+    lines = [line for line in found.stdout.splitlines() if "script._be_child" in line]
+    return [line for line in lines if line.split()[1][0] != "Z"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_does_what_kedro_run_does(tmp_path: Path, server: Server, engine: str) -> None:
+    names = ["everything", "newest version", "credentials"]
+    if engine == "processes":
+        names += ["nested params", "transcoding", "partitions", "generator", "hooks", "failure"]
+    project = copy_in(write_features_project(tmp_path / "project"))
+    report = project / "data/report.pickle/2021-01-01T00.00.00.000Z/report.pickle"
+    report.parent.mkdir(parents=True)
+    report.write_bytes(b"\x80\x04}\x94\x8c\x05total\x94K\xc8s.")
+    write_config(project, f"task_runner: {{type: {engine}}}")
+    for name, pair in zip(
+        names, compare(project, server, [FEATURES[name][0] for name in names]), strict=True
+    ):
+        assert pair["prefect"]["error"] == pair["kedro"]["error"], name
+        assert pair["prefect"]["files"] == pair["kedro"]["files"], name
+        assert calls(pair["prefect"]) == calls(pair["kedro"]), name
+    eventually(lambda: not children())
+
+
+TALKING = """
+import logging
+import sys
+
+
+def talk(numbers, me):
+    logging.getLogger("tiny.own").info("%s: first", me)
+    print(f"{me}: second")
+    logging.getLogger("elsewhere").warning("%s: third", me)
+    print(f"{me}: fo", end="")
+    print("urth \\udc80")
+    logging.getLogger("tiny.own").debug("%s: not shown", me)
+    return me
+
+
+def talk_a(numbers):
+    return talk(numbers, "a")
+
+
+def talk_b(numbers):
+    return talk(numbers, "b")
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_nodes_say_comes_back_in_order(project: Path, server: Server, engine: str) -> None:
+    write_pipeline(
+        project, TALKING, "node(talk_a, 'numbers', 'a'), node(talk_b, 'numbers', 'b', name='b')"
+    )
+    write_config(project, f"task_runner: {{type: {engine}}}\ntasks: {{b: {{log_prints: true}}}}")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for me in "ab":
+        said = re.findall(rf"\b{me}: (?:first|second|third|fo|not).*", done.stdout + done.stderr)
+        assert said == [f"{me}: {what}" for what in ("first", "second", "third", "fourth \\udc80")]
+    assert re.search(r"Task run 'b' - b: second", done.stdout + done.stderr)
+
+
+FAILING = """
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+class Own(Exception):
+    def __init__(self, code, why):
+        super().__init__(f"{code}: {why}")
+        self.code = code
+
+
+class Locked(Exception):
+    def __init__(self):
+        super().__init__("it holds a lock")
+        self.lock = threading.Lock()
+
+
+def own(numbers):
+    raise Own(7, "why")
+
+
+def known(numbers):
+    raise KeyError("this one")
+
+
+def locked(numbers):
+    raise Locked
+
+
+def ends(numbers):
+    os._exit(3)
+
+
+def leaves(numbers):
+    sys.exit(4)
+
+
+def dies_once(numbers):
+    path = Path("died.txt")
+    if not path.exists():
+        path.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+
+
+def sleeps(numbers):
+    Path("sleeps.txt").write_text(str(os.getpid()))
+    time.sleep(5)
+    Path("slept.txt").write_text("")
+    return 1
+
+
+def fine(numbers):
+    return 1
+"""
+FAILURES = {
+    "own": "Own: 7: why",
+    "known": "KeyError: 'this one'",
+    "locked": "RuntimeError: Locked: it holds a lock",
+    "ends": "RuntimeError: The process that ran node 'ends' died with exit code 3",
+    "leaves": "RuntimeError: Node 'leaves' called sys.exit(4)",
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engine: str) -> None:
+    names = [*FAILURES, "dies_once", "fine"]
+    nodes = ", ".join(f"node({name}, 'numbers', 'of_{name}', name='{name}')" for name in names)
+    write_pipeline(project, FAILING, nodes)
+    write_config(project, f"task_runner: {{type: {engine}}}\ntasks: {{dies_once: {{retries: 1}}}}")
+    done = register(project, server, "--run")
+    output = done.stdout + done.stderr
+    assert done.returncode == 1
+    for name, text in FAILURES.items():
+        assert text in output
+        if name in ("own", "known", "locked"):
+            assert re.search(rf'own.py", line \d+, in {name}\b', output), "its own traceback"
+    for name in ("dies_once", "fine"):
+        assert f"Completed node: {name}\n" in output
+    eventually(lambda: not children())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_node_that_takes_too_long_is_stopped(project: Path, server: Server, engine: str) -> None:
+    write_pipeline(project, FAILING, "node(sleeps, 'numbers', 'slept', name='sleeps')")
+    write_config(
+        project, f"task_runner: {{type: {engine}}}\ntasks: {{sleeps: {{timeout_seconds: 2}}}}"
+    )
+    # A worker's process may take longer than that to start.
+    path = project / "conf/base/prefect.yml"
+    path.write_text(path.read_text().replace("timeout_seconds: 2", "timeout_seconds: 12"))
+    nodes = project / "src/tiny/own.py"
+    nodes.write_text(nodes.read_text().replace("time.sleep(5)", "time.sleep(30)"))
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert "TimedOut" in done.stdout + done.stderr
+    if (project / "sleeps.txt").exists():
+        pid = int((project / "sleeps.txt").read_text())
+        eventually(lambda: not any(line.split()[0] == str(pid) for line in children()))
+    assert not (project / "slept.txt").exists()
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_with_checkpoints_nothing_that_finished_runs_again(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+    engine: str,
+) -> None:
+    place = flaky / "handed on"
+    write_config(flaky, f"task_runner: {{type: {engine}}}\ncheckpoints: {place}")
+    flow_run_id = fail(server, pool, flaky)
+    kept = sorted(path.name.rpartition("-")[0] for path in (place / flow_run_id).iterdir())
+    assert kept == ["aside", "kept"]
+    assert oct((place / flow_run_id).stat().st_mode)[-3:] == "700"
+    mend(flaky)
+    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert ran(flaky) == ["flaky", "last"]
+    assert not list(place.iterdir())
+
+
+def test_only_checkpoints_that_nobody_needs_are_removed(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+) -> None:
+    write_config(flaky, "checkpoints: handed_on")
+    place = flaky / "handed_on"
+    failed = fail(server, pool, flaky)
+    gone, other = "00000000-0000-4000-8000-000000000000", "not-one-of-ours"
+    for name in (gone, other):
+        (place / name).mkdir()
+        (place / name / "file.pickle").write_bytes(b"")
+    done = register(flaky, server, "--clean_checkpoints")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Removed the checkpoints of 1 of 2 flow runs" in done.stdout
+    assert sorted(path.name for path in place.iterdir()) == sorted([failed, other])
+
+
+ODD = """
+def lines(numbers):
+    return (number for number in numbers)
+
+
+def hand_on(numbers):
+    return numbers
+
+
+def save(*numbers):
+    return list(numbers)
+"""
+
+
+def test_datasets_may_have_any_name(project: Path, server: Server) -> None:
+    odd = ["a/b", "a_b", "../up", "space: *?", "ü", "CON", "x" * 300, "name.space.data"]
+    nodes = ", ".join(f"node(hand_on, 'numbers', {name!r})" for name in odd)
+    write_pipeline(project, ODD, f"{nodes}, node(save, {odd!r}, 'total')")
+    done = register(project, server, "--run", "--checkpoints", "handed_on")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((project / "data/total.json").read_text()) == [[1, 2, 3]] * len(odd)
+    assert not list((project / "handed_on").iterdir())
+
+
+def test_what_cannot_be_handed_on_is_named(project: Path, server: Server) -> None:
+    write_pipeline(
+        project, ODD, "node(lines, 'numbers', 'drawn', name='draw'), node(save, 'drawn', 'total')"
+    )
+    done = register(project, server, "--run", "--checkpoints", "handed_on")
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert "Dataset 'drawn', which node 'draw' makes, cannot be pickled to" in output
+    assert "cannot pickle 'generator' object" in output
+    assert not list((project / "handed_on").rglob("*.pickle"))
+
+    (project / "full").write_text("")  # where a folder would be
+    done = register(project, server, "--run", "--checkpoints", "full")
+    assert done.returncode == 1
+    assert f"{project}/full/" in done.stdout + done.stderr
+
+
+def test_code_that_changes_in_mid_run_is_not_mixed(project: Path, server: Server) -> None:
+    functions = """
+import time
+from pathlib import Path
+
+
+def change(numbers):
+    with Path(__file__).open("a") as file:
+        file.write("# changed\\n")
+    return 1
+
+
+def wait(changed):
+    time.sleep(8)
+    return 1
+"""
+    nodes = "node(change, 'numbers', 'changed'), node(wait, 'changed', 'a', name='a'),"
+    write_pipeline(project, functions, nodes + "node(wait, 'changed', 'b', name='b')")
+    write_config(project, "task_runner: {type: processes, max_workers: 2}")
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert re.search(r"the code of \S+ on \S+ is not that of the flow", done.stdout + done.stderr)
+
+
+def test_a_machine_without_the_project_is_named() -> None:
+    import register_prefect_flow as script
+
+    job = {"run": "none", "script": "/nowhere/register_prefect_flow.py", "node": "a", "told": ""}
+    with pytest.raises(FileNotFoundError, match=r"has no /nowhere/register_prefect_flow\.py"):
+        list(script._run_in_child(job))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("task_runner: {type: proceses}", "Did you mean processes?"),
+        ("task_runner: {type: processes, workers: 2}", "prefect.yml has no task_runner.workers."),
+        ("tasks: {double: {resources: {GPU: 1}}}", "resources are for Dask and Ray"),
+        ("checkpoints: {uri: x}", "prefect.yml has no checkpoints.uri. Did you mean url"),
+    ],
+)
+def test_mistakes_are_named_when_registering(project: Path, config: str, message: str) -> None:
+    write_config(project, config)
+    done = register(project, None, "--dry_run", "--run")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("checkpoints: {url: x, credentials: key}", "There are no credentials 'key'"),
+        ("task_runner: {type: dask, address: 'tcp://10.1.2.3:8786'}", "in files: say where"),
+    ],
+)
+def test_mistakes_are_named_in_a_run(
+    project: Path, server: Server, config: str, message: str
+) -> None:
+    write_config(project, config)
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(bool(find_spec("distributed")), reason="here it is there")
+@pytest.mark.parametrize(("engine", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_what_has_to_be_installed_is_named(
+    project: Path, server: Server, engine: str, package: str
+) -> None:
+    write_config(project, f"task_runner: {{type: {engine}}}")
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert f'pip install "{package}"' in done.stderr
+
+
+def test_ctrl_c_and_a_kill_leave_no_process(project: Path, server: Server) -> None:
+    write_pipeline(project, FAILING, "node(sleeps, 'numbers', 'slept', name='sleeps')")
+    write_config(project, "task_runner: {type: processes}")
+    command = [sys.executable, project / "register_prefect_flow.py", "--run"]
+    for signal_ in ("INT", "KILL"):
+        (project / "sleeps.txt").unlink(missing_ok=True)
+        process = server.start(command, "flow", project, server.env)
+        try:
+            eventually((project / "sleeps.txt").exists, or_show=server.folder / "flow.log")
+            subprocess.run(["kill", f"-{signal_}", str(process.pid)], check=True)
+            process.wait(timeout=60)
+            eventually(lambda: not children(), seconds=5)
+        finally:
+            stop(process)
+        assert not (project / "slept.txt").exists()
+
+
+# ---- Clusters that are there before a run, and after it ----
+
+
+class Proxy:
+    """Hands on what is said between a flow and a scheduler, and keeps it."""
+
+    def __init__(self, port: int) -> None:
+        self.said = b""
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.target = port
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self.hand_on, args=pair, daemon=True).start()
+
+    def hand_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self.said += data
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module")
+def dask_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A scheduler, and two workers that were started in folders of their own."""
+    folder = tmp_path_factory.mktemp("dask")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands: list[list[Any]] = [["scheduler", "--port", port, "--no-dashboard"]]
+    commands += [["worker", f"tcp://127.0.0.1:{port}", "--nthreads", 1, "--no-dashboard"]] * 2
+    processes = []
+    for number, command in enumerate(commands):
+        place = folder / str(number)
+        place.mkdir()
+        with (place / "log.txt").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [str(part) for part in [BIN / "dask", *command]],
+                    cwd=place,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            )
+    yield port
+    for process in reversed(processes):
+        stop(process)
+
+
+def left_on(port: int) -> dict[str, Any]:
+    """What a Dask cluster has, apart from itself."""
+    import distributed
+
+    with distributed.Client(f"tcp://127.0.0.1:{port}") as client:
+
+        def look(dask_worker: Any) -> tuple[list[str], Any]:
+            kept = vars(sys.modules.get("_kedro_children", object))
+            mine = [name for name in sys.modules if name.startswith(("tiny", "register_prefect"))]
+            return mine, [key for key in kept if "-" not in key and len(key) == 32]
+
+        tasks = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+        return {"workers": client.run(look), "tasks": tasks}
+
+
+@with_dask
+def test_a_dask_cluster_serves_projects_side_by_side_and_stays_as_it_was(
+    dask_port: int, tmp_path: Path, server: Server
+) -> None:
+    projects = [copy_in(write_tiny_project(tmp_path / name / "project")) for name in ("a", "b")]
+    nodes = projects[1] / "src/tiny/nodes.py"
+    nodes.write_text(nodes.read_text().replace("2 * number", "20 * number"))
+    for project in projects:
+        write_config(
+            project, f"task_runner: {{type: dask, address: 'tcp://127.0.0.1:{dask_port}'}}"
+        )
+    expected = {"a": 12 + 18, "b": 120 + 18}
+
+    def start_both() -> list[subprocess.Popen[bytes]]:
+        return [
+            server.start(
+                [sys.executable, project / "register_prefect_flow.py", "--run"],
+                f"flow-{project.parent.name}", project, server.env,
+            )
+            for project in projects
+        ]  # fmt: skip
+
+    for _ in range(2):
+        for project, process in zip(projects, start_both(), strict=True):
+            log = server.folder / f"flow-{project.parent.name}.log"
+            assert process.wait(timeout=240) == 0, log.read_text()
+            total = json.loads((project / "data/total.json").read_text())
+            assert total == expected[project.parent.name]
+        # A changed node runs as it is now, on workers that have run it as it was.
+        nodes.write_text(nodes.read_text().replace("20 * number", "200 * number"))
+        expected["b"] = 1200 + 18
+    eventually(lambda: not children())
+    left = left_on(dask_port)
+    assert left["tasks"] == []
+    assert all(found == ([], []) for found in left["workers"].values()), left
+
+
+@with_dask
+def test_no_credential_travels(dask_port: int, project: Path, server: Server) -> None:
+    proxy = Proxy(dask_port)
+    catalog = project / "conf/base/catalog.yml"
+    catalog.write_text(
+        catalog.read_text().replace(
+            "filepath: data/numbers.json", "filepath: data/numbers.json\n  credentials: door"
+        )
+    )
+    (project / "conf/local/credentials.yml").write_text("door: {key: xyzzy4711}\n")
+    (project / "conf/local/parameters.yml").write_text("factor: 3\n")
+    write_config(project, f"task_runner: {{type: dask, address: 'tcp://127.0.0.1:{proxy.port}'}}")
+    done = register(project, server, "--run", "--env", "local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert b"xyzzy4711" not in proxy.said
+    assert b"register_prefect_flow" in proxy.said
+    assert "xyzzy4711" not in done.stdout + done.stderr
+
+
+@with_dask
+def test_a_cluster_that_is_not_there_is_named(project: Path, server: Server) -> None:
+    write_config(project, "task_runner: {type: dask, address: 'tcp://127.0.0.1:9'}")
+    start = time.monotonic()
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert "there is no Dask cluster with workers at tcp://127.0.0.1:9" in done.stderr
+    assert time.monotonic() - start < 45, "30 s for the cluster, the rest for the flow"
+
+
+@with_dask
+def test_resources_of_a_node_choose_its_worker(
+    dask_port: int, project: Path, server: Server, tmp_path: Path
+) -> None:
+    address = f"tcp://127.0.0.1:{dask_port}"
+    command = [BIN / "dask", "worker", address, "--nthreads", 1, "--resources", "GPU=1"]
+    env = {"HAS_GPU": "yes"}
+    worker = server.start([*command, "--no-dashboard"], "gpu", tmp_path, env)
+    functions = "import os\n\n\ndef where(numbers):\n    return os.environ.get('HAS_GPU', 'no')\n"
+    write_pipeline(project, functions, "node(where, 'numbers', 'total', name='where')")
+    config = f"task_runner: {{type: dask, address: '{address}'}}\ntasks: {{where: {{resources: {{GPU: 1}}}}}}"
+    write_config(project, config)
+    try:
+        done = register(project, server, "--run")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads((project / "data/total.json").read_text()) == "yes"
+    finally:
+        stop(worker)
+
+
+@with_ray
+def test_a_ray_cluster_serves_one_run_after_the_other(
+    tmp_path: Path, project: Path, server: Server
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp"}
+    start = ["start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    head = server.start([BIN / "ray", *start, "--block"], "ray", tmp_path, env)
+    try:
+        write_config(project, f"task_runner: {{type: ray, address: '127.0.0.1:{port}'}}")
+        eventually(lambda: "Ray runtime started" in (server.folder / "ray.log").read_text())
+        nodes = project / "src/tiny/nodes.py"
+        for factor, total in (("2", 12 + 18), ("20", 120 + 18)):
+            nodes.write_text(nodes.read_text().replace("2 * number", f"{factor} * number"))
+            done = register(project, server, "--run", env=env)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert json.loads((project / "data/total.json").read_text()) == total
+        eventually(lambda: not children())
+    finally:
+        stop(head)
+
+
+@with_s3
+def test_checkpoints_may_lie_on_s3(server: Server, pool: str, flaky: Path) -> None:  # noqa: F811
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    try:
+        _, port = moto.get_host_and_port()
+        import boto3
+
+        url = f"http://127.0.0.1:{port}"
+        keys = {"aws_access_key_id": "xyzzy4711", "aws_secret_access_key": "4711xyzzy"}
+        bucket = boto3.resource("s3", endpoint_url=url, region_name="us-east-1", **keys).Bucket(
+            "bucket"
+        )
+        bucket.create()
+        (flaky / "conf/local/credentials.yml").write_text(
+            "bucket: {key: xyzzy4711, secret: 4711xyzzy, client_kwargs:"
+            f" {{endpoint_url: '{url}'}}}}\n"
+        )
+        (flaky / "conf/local/parameters.yml").write_text("")
+        write_config(
+            flaky,
+            "task_runner: {type: processes}\n"
+            "checkpoints: {url: 's3://bucket/handed_on', credentials: bucket}",
+        )
+        flow_run_id = fail(server, pool, flaky, "--env", "local")
+        assert {key.key.split("/")[1] for key in bucket.objects.all()} == {flow_run_id}
+        (flaky / "mended").touch()
+        assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+        assert ran(flaky) == ["flaky", "last"]
+        assert not list(bucket.objects.all())
+    finally:
+        moto.stop()
