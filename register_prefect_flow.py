@@ -64,6 +64,7 @@ FILTERS = (
 )  # fmt: skip
 NAMES_SHOWN = 50  # in an error that lists what there is
 TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
+LOG_SHOWN = 100_000  # characters of a log line that Prefect shows and stores
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer
 REGISTER_TIMEOUT = 60  # seconds in which it has to register: its database may be busy
 
@@ -102,16 +103,12 @@ from kedro.pipeline.node import Node
 from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, runtime, task
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
 from prefect.logging.formatters import PrefectFormatter
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_LOCAL_STORAGE_PATH,
-    PREFECT_UI_URL,
-    temporary_settings,
-)
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.templating import resolve_block_document_references
 
@@ -198,10 +195,7 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
 
 def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
     catalog._datasets.pop(name, None)  # or Kedro warns
-    if _KEDRO_1:
-        catalog[name] = dataset
-    else:
-        catalog.add(name, dataset)
+    (catalog.__setitem__ if _KEDRO_1 else catalog.add)(name, dataset)
 
 
 # Kedro 0.18.12 renamed it.
@@ -813,7 +807,10 @@ def _read_config(session: Any, options: Options) -> _Config:
     if kind in ("dask", "ray"):  # which check what else there is
         shape["task_runner"] = _SHAPE["task_runner"] | {str: object}
     _check("", found, shape)
-    empty: Options = {name: {} for name in _Config._fields} | {"deployments": [], "checkpoints": None}
+    empty: Options = {name: {} for name in _Config._fields} | {
+        "deployments": [],
+        "checkpoints": None,
+    }
     config = _Config(**empty | found)
     if kind not in _TASK_RUNNERS:
         problem = f"prefect.yml: task_runner.type is '{kind}'."
@@ -1111,7 +1108,7 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
         dataset: Any = importlib.import_module("kedro_datasets.pickle").PickleDataset
         make = functools.partial(dataset, backend="cloudpickle", credentials=credentials)
         self._what = f"Dataset '{name}', which node '{node}' makes,"
-        self._path, self._file = Path(filepath), make(filepath=filepath)
+        self._filepath, self._file = filepath, make(filepath=filepath)
         # On object stores a file is there when all of it has been written.
         is_local = self._file._protocol == "file"
         self._part = Path(f"{filepath}.part") if is_local else None
@@ -1126,10 +1123,10 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
                 self._part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._writer.save(data)
             if self._part:
-                self._part.replace(self._path)
+                self._part.replace(self._filepath)
         except Exception as error:
             raise kedro_io.DatasetError(
-                f"{self._what} cannot be pickled to {self._path}: {error} Nodes hand it on in"
+                f"{self._what} cannot be pickled to {self._filepath}: {error} Nodes hand it on in"
                 " that file, unless an entry in the catalog says how to save it."
             ) from error
 
@@ -1137,7 +1134,7 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
         return bool(self._file.exists())
 
     def _describe(self) -> Options:
-        return {"filepath": str(self._path)}
+        return {"filepath": self._filepath}
 
 
 def _place_checkpoints(config: _Config, options: Options) -> Options:
@@ -1152,7 +1149,9 @@ def _place_checkpoints(config: _Config, options: Options) -> Options:
                 f"prefect.yml: nodes on {address} hand data on in files: say where, with"
                 " checkpoints: <a URL or folder that all machines reach>"
             )
-        place["url"] = str(PREFECT_LOCAL_STORAGE_PATH.value() / "kedro-checkpoints")
+        place["url"] = str(
+            prefect.settings.PREFECT_LOCAL_STORAGE_PATH.value() / "kedro-checkpoints"
+        )
     if not place.get("url"):
         return {}
     _import("kedro_datasets.pickle", "kedro-datasets[pickle]", "checkpoints")
@@ -1377,16 +1376,12 @@ def init_kedro_tasks_by_execution_layer(
 _Messages = Iterator[tuple[str, bytes]]
 
 
-def _code_digest(metadata: ProjectMetadata) -> str:
-    """Identify the project's code."""
-    files = [THIS_FILE, *sorted(Path(metadata.source_dir).rglob("*.py"))]
-    return _digest([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
-
-
 def _same_everywhere(metadata: ProjectMetadata) -> dict[str, str]:
     """Return what has to be the same wherever nodes of a run are run."""
+    files = [THIS_FILE, *sorted(Path(metadata.source_dir).rglob("*.py"))]
+    code = _digest([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"Kedro": kedro.__version__, "Python": python, "the code": _code_digest(metadata)}
+    return {"Kedro": kedro.__version__, "Python": python, "the code": code}
 
 
 class _Printed(io.RawIOBase):
@@ -1430,9 +1425,8 @@ def _open_run(say: Callable[[str, bytes], None], told: str) -> _Run:
     pipeline, session = _load_pipeline(options), _open_session(options)
     _adopt_session_id(session, job["session_id"])
     _, catalog = _load_catalog(session, options)
-    checkpoints = _Checkpoints(
-        job["folder"], _read_credentials(session, options, job["credentials"])
-    )
+    credentials = _read_credentials(session, options, job["credentials"])
+    checkpoints = _Checkpoints(job["folder"], credentials)
     _add_checkpoints(catalog, pipeline, checkpoints, kept=(), cache=False)
     _pin_versions(catalog, pipeline, job["session_id"])
     nodes = {node.name: node for node in pipeline.nodes}
@@ -1659,7 +1653,11 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
                 f"prefect.yml: there is no Dask cluster with workers at {where}: {error}. Start"
                 " `dask scheduler` and `dask worker`, and give task_runner.address."
             ) from error
-        stop = functools.partial(client.run, lambda: pickle.loads(end_children)(run))
+
+        def stop() -> None:
+            with suppress(Exception):  # there may be no cluster any more
+                client.run(lambda: pickle.loads(end_children)(run))
+
         try:
             yield _Engine(sum(client.nthreads().values()), send, stop)
         finally:
@@ -2064,6 +2062,63 @@ async def _set_retries(flow_run: Any, retries: int = 0, retry_delay_seconds: int
         await client.update_flow_run(flow_run.id, empirical_policy=policy)
 
 
+# ---- Logs: what Kedro and the project log, on the pages of flow run and task runs ----
+
+
+def _flow_name() -> str:
+    """Name the flow after the project's package: on one server, projects must not share a flow."""
+    try:
+        return _get_project_metadata(PROJECT_PATH).package_name
+    except (RuntimeError, ValueError):  # not in a Kedro project: prefect_deploy says so
+        return "my_flow"
+
+
+class _RunLogs(APILogHandler):
+    """Sends the log lines of a flow run to Prefect."""
+
+    def __init__(self, flow_run_id: Any) -> None:
+        super().__init__()
+        self._flow_run_id = str(flow_run_id)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if context := cast("Any", TaskRunContext.get()):
+            flow_run_id = context.task_run.flow_run_id
+        elif context := cast("Any", FlowRunContext.get()):
+            flow_run_id = context.flow_run.id
+        else:  # in a thread that a node has started
+            flow_run_id = record.flow_run_id = self._flow_run_id
+        if str(flow_run_id) == self._flow_run_id:
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)[:LOG_SHOWN]
+        return text.encode(errors="backslashreplace").decode()
+
+
+def _is_sent(logger: logging.Logger | None) -> bool:
+    """Tell whether what a logger logs is sent to Prefect."""
+    if logger is None:
+        return False
+    sends = any(isinstance(handler, APILogHandler) for handler in logger.handlers)
+    return sends or (logger.propagate and _is_sent(logger.parent))
+
+
+@contextmanager
+def _logs_to_prefect() -> Iterator[None]:
+    """Send what Kedro, the project and PREFECT_LOGGING_EXTRA_LOGGERS log, once."""
+    handler = _RunLogs(runtime.flow_run.id)
+    extra = prefect.settings.PREFECT_LOGGING_EXTRA_LOGGERS.value() or ()
+    loggers = [logging.getLogger(name) for name in sorted({"kedro", _flow_name(), *extra})]
+    for logger in loggers:  # those above others come first
+        if not _is_sent(logger):
+            logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
 # ---- Flow ----
 
 
@@ -2114,7 +2169,7 @@ def _run_pipeline(options: Options) -> dict[str, str]:
         initialized: Any = kedro_init(options)
         session, runner = initialized
         try:
-            with session:
+            with _logs_to_prefect(), session:
                 if left := _resume(session, runner, options):
                     _run_session(session, runner, left)
             _end_checkpoints(runner._checkpoints, completed=True)
@@ -2126,14 +2181,6 @@ def _run_pipeline(options: Options) -> dict[str, str]:
             raise
     outputs: dict[str, str] = runner._outputs
     return outputs
-
-
-def _flow_name() -> str:
-    """Name the flow after the project's package: on one server, projects must not share a flow."""
-    try:
-        return _get_project_metadata(PROJECT_PATH).package_name
-    except (RuntimeError, ValueError):  # not in a Kedro project: prefect_deploy says so
-        return "my_flow"
 
 
 # Prefect stores the exception that ends a flow: as JSON that is its class and message, and not all

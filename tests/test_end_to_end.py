@@ -87,6 +87,62 @@ def test_a_run_gives_what_kedro_run_gives(
     assert len(list((project / "data/report.pickle").iterdir())) == 2
 
 
+LOGGING = """
+
+def add(doubled, scaled):
+    import threading
+    import warnings
+
+    log = logging.getLogger(__name__)
+    log.info("adding %d numbers", len(doubled) + len(scaled))
+    log.debug("not at this level")
+    logging.getLogger("elsewhere").warning("not one of the project's")
+    thread = threading.Thread(target=lambda: log.info("from a thread \\udc80"))
+    thread.start()
+    thread.join()
+    log.warning("%s", "x" * 3_000_000)
+    return sum(doubled) + sum(scaled)
+"""
+
+
+def test_log_lines_are_shown_with_the_node_that_wrote_them(
+    server: Server, pool: str, project: Path
+) -> None:
+    with (project / "src/tiny/nodes.py").open("a") as nodes:
+        nodes.write(LOGGING)
+    deployment = register_and_forget(project, server, pool)
+    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+    query = {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}, "sort": "TIMESTAMP_ASC"}
+
+    def lines(*names: str) -> Counter[tuple[str | None, str]]:
+        runs = {run["id"]: name for name, run in server.task_runs(flow_run["id"]).items()}
+        return Counter(
+            (runs.get(log["task_run_id"]), log["message"].strip())
+            for log in server.post("/logs/filter", query)
+            if log["name"].split(".")[0] in names
+        )
+
+    last = (None, "Completed 4 out of 4 tasks")
+    eventually(lambda: lines("kedro")[last] and lines("kedro")["report", RUNNING])
+    assert set(lines("kedro", "tiny").values()) == {1}, "no line is there twice"
+    kedro = lines("kedro")
+    assert kedro["add", "Running node: add: add([doubled;scaled]) -> [total]"]
+    loads = [text for name, text in kedro if name == "double" and text.startswith("Loading data")]
+    assert len(loads) == 1
+    assert kedro[None, "Completed node: add"]
+    tiny = {(name, text[:50]) for name, text in lines("tiny")}
+    assert tiny == {
+        ("add", "adding 6 numbers"),
+        (None, "from a thread \\udc80"),
+        ("add", "x" * 50),
+    }
+    assert not lines("elsewhere")
+
+
+RUNNING = "Running node: report: report([total]) -> [report]"
+
+
 def test_two_runs_at_once_both_succeed(server: Server, pool: str, project: Path) -> None:
     (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 8\n")
     deployment = register_and_forget(project, server, pool)

@@ -6,6 +6,7 @@ the answer. Times are in seconds, memory in bytes.
 
 import asyncio
 import gc
+import importlib
 import inspect
 import json
 import logging
@@ -96,9 +97,9 @@ def count(pipeline: str) -> int:
     return int(pipeline.split("_")[1])
 
 
-def run_ours(pipeline: str) -> float:
+def run_ours(pipeline: str, env: str = "base") -> float:
     """Run my_flow's function."""
-    parameters = {**PARAMETERS, "pipeline_name": pipeline}
+    parameters = {**PARAMETERS, "pipeline_name": pipeline, "env": env}
     return in_flow(lambda: script.my_flow.fn(**parameters), count(pipeline) + 1)
 
 
@@ -222,6 +223,49 @@ def start(pipeline: str, rounds: int) -> Rounds:
 
     load(), ours(), kedro_run()
     return [{"load": load(), "ours": ours(), "kedro": kedro_run()} for _ in range(rounds)]
+
+
+def run_on_prefects_own(engine: str, pipeline: str) -> float:
+    """Run as many tasks that do nothing on Prefect's own task runner of an engine."""
+    modules = {"processes": "prefect.task_runners", "dask": "prefect_dask", "ray": "prefect_ray"}
+    names = {"processes": "ProcessPool", "dask": "Dask", "ray": "Ray"}
+    make = getattr(importlib.import_module(modules[engine]), f"{names[engine]}TaskRunner")
+    own: dict[str, dict[str, Any]] = {
+        "processes": {"max_workers": 2},
+        "dask": {"cluster_kwargs": {"n_workers": 2}},
+        "ray": {"init_kwargs": {"num_cpus": 2}},
+    }
+
+    @task(persist_result=False)
+    def nothing() -> None:
+        return None
+
+    def run() -> None:
+        with make(**own[engine]) as runner:
+            for future in [runner.submit(nothing, {}) for _ in range(count(pipeline))]:
+                future.wait()
+
+    return in_flow(run, count(pipeline))
+
+
+def engine(pipeline: str, name: str, rounds: int) -> Rounds:
+    """Nodes that do nothing, on an engine, from its start to its end."""
+    return [
+        {
+            "ours": run_ours(pipeline, env=name),
+            "threads": run_ours(pipeline),
+            "own": run_on_prefects_own(name, pipeline),
+        }
+        for _ in range(rounds)
+    ]
+
+
+def busy(pipeline: str, rounds: int) -> Rounds:
+    """Nodes that keep a CPU busy."""
+    return [
+        {"processes": run_ours(pipeline, env="processes"), "threads": run_ours(pipeline)}
+        for _ in range(rounds)
+    ]
 
 
 def level(pipeline: str) -> float:

@@ -40,6 +40,18 @@ def wait(seconds):
     return work
 
 
+def count_up(millions):
+    """Keep a CPU busy with Python code."""
+
+    def work(*inputs):
+        number = 0
+        for _ in range(millions * 1_000_000):
+            number += 1
+        return 0
+
+    return work
+
+
 def hand_on(megabytes):
     """Make an array, or one from those of other nodes."""
 
@@ -57,7 +69,12 @@ def hand_on(megabytes):
 def make(name):
     shape, count, size = name.split("_")
     kind = size.lstrip("0123456789")
-    work = hand_on(int(size[:-2])) if kind == "mb" else wait(int(size) / 1000)
+    if kind == "mb":
+        work = hand_on(int(size[:-2]))
+    elif kind == "busy":
+        work = count_up(int(size[:-4]))
+    else:
+        work = wait(int(size) / 1000)
     return pipeline([
         node(work, [f"{name}_{other}" for other in needed] or None, f"{name}_{number}",
              name=f"node_{number}")
@@ -83,6 +100,9 @@ task_runner:
   max_workers: 8
 """
 
+ENGINES = {"processes": "max_workers: 2", "dask": "n_workers: 2", "ray": "num_cpus: 2"}
+ENGINE = "task_runner: {{type: {}, {}}}\n"
+
 PARAMETERS = """\
 model: {depth: 4, rate: 0.1, features: [a, b, c]}
 split: {test: 0.2, seed: 3}
@@ -98,6 +118,7 @@ def write_project(path: Path, script: Path) -> Path:
         "conf/base/parameters.yml": PARAMETERS,
         "conf/base/prefect.yml": PREFECT_YML,
         "conf/local/.gitkeep": "",
+        **{f"conf/{name}/prefect.yml": ENGINE.format(name, keys) for name, keys in ENGINES.items()},
         "data/.gitkeep": "",
         "src/bench/__init__.py": "",
         "src/bench/settings.py": "",

@@ -219,6 +219,20 @@ def level(bench: Bench) -> Rows:
     )
 
 
+def engine(bench: Bench, name: str) -> Rows:
+    rounds = bench.measure("engine", "wide_500_0", name=name, rounds=ROUNDS)
+    what = f"500 nodes that do nothing, with the start of {name}"
+    reference = "bare tasks on Prefect's own task runner of that engine, with its start"
+    yield row(what, reference, 0.3, ratio(rounds, "ours", "own"))
+    yield row(what, "the same nodes in threads", None, ratio(rounds, "ours", "threads"))
+
+
+def busy(bench: Bench) -> Rows:
+    rounds = bench.measure("busy", "wide_8_100busy", rounds=ROUNDS)
+    what = "8 nodes of Python code that keeps a CPU busy, 2 processes, with their start"
+    yield row(what, "threads", 0.59, ratio(rounds, "processes", "threads"))
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
     "overhead-100": lambda bench: overhead(bench, 100),
     "overhead-1000": lambda bench: overhead(bench, 1000),
@@ -230,6 +244,10 @@ MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
     "makespan-1000": lambda bench: makespan(bench, 1000, target=1.05),
     "recipe-1000": recipe,  # after makespan-1000, with which it is compared
     "growth": growth,
+    "busy": busy,
+    "processes": lambda bench: engine(bench, "processes"),
+    "dask": lambda bench: engine(bench, "dask"),  # pip install prefect-dask
+    "ray": lambda bench: engine(bench, "ray"),  # pip install prefect-ray
 }
 DEPEND_ON_SERVER = ("overhead-100", "overhead-1000", "makespan-100")
 
