@@ -1613,6 +1613,24 @@ def _start_processes(run: str, _: Options) -> Iterator[_Engine]:
         stop()
 
 
+def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
+    """Return a client of the Dask cluster that section task_runner names, or describes."""
+    try:
+        if name := options.pop("cluster_class", None):
+            module, _, class_name = name.rpartition(".")
+            make = getattr(_import(module, module.partition(".")[0], name), class_name)
+            options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
+        client = stack.enter_context(distributed.Client(**{"timeout": 20} | options))
+        client.wait_for_workers(1, timeout=20)
+    except (OSError, asyncio.TimeoutError, TypeError, ValueError) as error:
+        where = options.get("address", "this machine")
+        raise click.ClickException(
+            f"prefect.yml: there is no Dask cluster with workers at {where}: {error}. Start"
+            " `dask scheduler` and `dask worker`, and give task_runner.address."
+        ) from error
+    return client
+
+
 @contextmanager
 def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
     distributed = _import("distributed", "distributed", "task_runner.type dask")
@@ -1640,19 +1658,7 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
             future.cancel()
 
     with ExitStack() as stack:
-        try:
-            if name := options.pop("cluster_class", None):
-                module, _, class_name = name.rpartition(".")
-                make = getattr(_import(module, module.partition(".")[0], name), class_name)
-                options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
-            client = stack.enter_context(distributed.Client(**{"timeout": 20} | options))
-            client.wait_for_workers(1, timeout=20)
-        except (OSError, asyncio.TimeoutError, TypeError, ValueError) as error:
-            where = options.get("address", "this machine")
-            raise click.ClickException(
-                f"prefect.yml: there is no Dask cluster with workers at {where}: {error}. Start"
-                " `dask scheduler` and `dask worker`, and give task_runner.address."
-            ) from error
+        client = _connect(distributed, options, stack)
 
         def stop() -> None:
             with suppress(Exception):  # there may be no cluster any more
@@ -2139,26 +2145,20 @@ def kedro_init(options: Options) -> Any:
     if config.flow:
         _call_api(_set_retries(cast("Any", FlowRunContext.get()).flow_run, **config.flow))
     place = _place_checkpoints(config, options)
-    settings_of = {"is_async": False, "max_workers": None, "resume": True, "type": "threads"}
-    is_async, max_workers, resume, kind = (
-        config.task_runner.pop(name, default) for name, default in settings_of.items()
-    )
-    runner = PrefectRunner(is_async, max_workers, config.tasks)
+    section = config.task_runner
+    own = {name: section.pop(name) for name in ("is_async", "max_workers") if name in section}
+    runner = PrefectRunner(**own, task_options=config.tasks)
+    runner._resume, runner._engine = section.pop("resume", True), section.pop("type", "threads")
+    runner._engine_options = section
     shape = [[node.name, node.inputs, node.outputs] for node in nodes]
-    runner._resume, runner._fingerprint = resume, _digest(options, shape)
-    runner._engine, runner._engine_options = kind, config.task_runner
+    runner._fingerprint = _digest(options, shape)
     if place:
         folder = f"{place['url'].rstrip('/')}/{runtime.flow_run.id}"
-        credentials = place.get("credentials", "")
-        found = _read_credentials(session, options, credentials)
-        runner._checkpoints = _Checkpoints(folder, found)
-        same = {} if kind == "threads" else _same_everywhere(metadata)
-        runner._job = {
-            "options": options,
-            "same": same,
-            "folder": folder,
-            "credentials": credentials,
-        }
+        name = place.get("credentials", "")
+        runner._checkpoints = _Checkpoints(folder, _read_credentials(session, options, name))
+        runner._job = {"options": options, "folder": folder, "credentials": name}
+        if runner._engine != "threads":
+            runner._job["same"] = _same_everywhere(metadata)
     return session, runner
 
 
