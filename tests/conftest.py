@@ -186,6 +186,12 @@ class Server:
             0
         ][-36:]
 
+    def start_run(self, deployment: str, **parameters: Any) -> str:
+        """Start a run of a deployment as the UI does, which takes less than the command line."""
+        found = self.request("GET", f"/deployments/name/{deployment}")["id"]
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return self.post(f"/deployments/{found}/create_flow_run", body)["id"]
+
     def await_idle_worker(self) -> None:
         """Wait until the agent or worker has seen its flow runs' processes end.
 

@@ -433,7 +433,7 @@ def test_serve_runs_what_is_asked_for_until_ctrl_c(project: Path, server: Server
         eventually(
             lambda: any(d["name"] == "served" for d in server.post("/deployments/filter", {}))
         )
-        flow_run = server.finished(server.trigger("tiny/served", cwd=project))
+        flow_run = server.finished(server.start_run("tiny/served"))
         assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
         assert (project / "data/total.json").exists()
         process.send_signal(signal.SIGINT)

@@ -170,7 +170,7 @@ def test_scoring_runs_when_training_has_completed(project: Path, server: Server,
         done = register(project, server, "--all_deployments", *pools)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(server.post("/automations/filter", {})) == 1
-    assert server.finished(server.trigger("tiny/training", project))["state_type"] == "COMPLETED"
+    assert server.finished(server.start_run("tiny/training"))["state_type"] == "COMPLETED"
     scoring = server.request("GET", "/deployments/name/tiny/scoring")
     filters = {"deployments": {"id": {"any_": [scoring["id"]]}}}
     [flow_run] = eventually(lambda: server.post("/flow_runs/filter", filters))
@@ -335,14 +335,14 @@ def test_the_project_may_come_from_git_or_lie_elsewhere_on_the_worker(
     git(project, "commit", "--quiet", "--all", "--message", "newer")
     write(project, f"deployment: {{source: 'git+file://{project}@v1'}}\n")
     registered()
-    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
+    flow_run = server.finished(server.start_run("tiny/configured"))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads(total.read_text()) == 30, "of the tag, not of the newest"
 
     image = copy_in(write_tiny_project(tmp_path / "image"))
     write(project, f"deployment: {{path: {image}}}\n")
     assert f"from now on in {image}" in registered()["output"]
-    flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
+    flow_run = server.finished(server.start_run("tiny/configured"))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert json.loads((image / "data/total.json").read_text()) == 30
     assert not (project / "data/total.json").exists()
@@ -443,7 +443,7 @@ def test_a_private_repository_is_cloned_with_a_token_from_a_block(
 
         describe("git-token")
         assert TOKEN not in json.dumps(registered())
-        flow_run = server.finished(server.trigger("tiny/configured", cwd=project))
+        flow_run = server.finished(server.start_run("tiny/configured"))
         log = (server.folder / f"{'agent' if DOCUMENTED else 'worker'}.log").read_text()
         assert flow_run["state_type"] == "COMPLETED", log[-3000:]
         assert json.loads(total.read_text()) == 30

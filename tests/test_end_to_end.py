@@ -82,7 +82,7 @@ def test_a_run_gives_what_kedro_run_gives(
     assert edges(server, flow_run["id"]) == {("double", "add"), ("scale", "add"), ("add", "report")}
 
     # Another run is a session of its own, with a save version of its own.
-    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    flow_run = server.finished(server.start_run(deployment))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
     assert len(list((project / "data/report.pickle").iterdir())) == 2
 
@@ -111,7 +111,7 @@ def test_log_lines_are_shown_with_the_node_that_wrote_them(
     with (project / "src/tiny/nodes.py").open("a") as nodes:
         nodes.write(LOGGING)
     deployment = register_and_forget(project, server, pool)
-    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    flow_run = server.finished(server.start_run(deployment))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
     query = {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}, "sort": "TIMESTAMP_ASC"}
 
@@ -162,7 +162,7 @@ def test_a_failing_pipeline_fails_as_kedro_run_fails(
     server: Server, pool: str, project: Path, reference: Path
 ) -> None:
     deployment = register_and_forget(project, server, pool, "--pipeline", "broken")
-    flow_run = server.finished(server.trigger(deployment, cwd=project))
+    flow_run = server.finished(server.start_run(deployment))
     assert flow_run["state_type"] == "FAILED"
     assert "ZeroDivisionError: no number left" in flow_run["state"]["message"]
 
@@ -209,7 +209,7 @@ def test_each_run_may_have_parameters_of_its_own(server: Server, pool: str, proj
 
     # A wrong one ends the run before any node, with the message of registration.
     registry.write_text(registry_text)
-    flow_run = server.finished(server.trigger(deployment, project, pipeline_name="brokn"))
+    flow_run = server.finished(server.start_run(deployment, pipeline_name="brokn"))
     assert flow_run["state_type"] == "FAILED"
     assert message in flow_run["state"]["message"]
     server.await_states(flow_run["id"], {"kedro_init": "Failed"})
@@ -266,7 +266,7 @@ def test_a_retried_flow_run_runs_all_nodes_again(server: Server, pool: str, proj
     registry = project / "src/tiny/pipeline_registry.py"
     registry.write_text(registry.read_text().replace("\n    return {", FLAKY_PIPELINE))
     deployment = register_and_forget(project, server, pool, "--pipeline", "flaky")
-    flow_run_id = server.trigger(deployment, cwd=project)
+    flow_run_id = server.start_run(deployment)
     assert server.finished(flow_run_id)["state_type"] == "FAILED"
     assert not (project / "data/side.json").exists()
     server.await_idle_worker()
@@ -355,7 +355,7 @@ def test_what_an_exception_refers_to_is_kept_nowhere(
                 file.write("CONFIG_LOADER_CLASS = OmegaConfigLoader\n")
     text = CREDENTIALS if how == "credentials" else re.sub(r'".*NO_SUCH.*"', "any", CREDENTIALS)
     (project / "conf/local/credentials.yml").write_text(text)
-    flow_run_id = server.trigger(deployment, project, env="local")
+    flow_run_id = server.start_run(deployment, env="local")
     ended = server.finished(flow_run_id)
     assert ended["state_type"] == ("COMPLETED" if how == "success" else "FAILED"), ended["state"]
     secrets = ["first-s3cret", "second-s3cret", "third-s3cret"]

@@ -114,7 +114,7 @@ def logged(server: Server, flow_run_id: str) -> list[str]:
 def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
     """Let a flow run fail, and return its id."""
     deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", *arguments)
-    flow_run_id = server.trigger(deployment, cwd=project)
+    flow_run_id = server.start_run(deployment)
     assert server.finished(flow_run_id)["state_type"] == "FAILED"
     assert ran(project) == ALL
     return flow_run_id
@@ -132,7 +132,7 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
     mend(flaky)
 
     # Another run writes newer versions.
-    other = server.finished(server.trigger("tiny/example", cwd=flaky))
+    other = server.finished(server.start_run("tiny/example"))
     assert other["state_type"] == "COMPLETED", other["state"]
     newer = json.loads((flaky / "data/end.json").read_text())["saved"]
     ran(flaky)
@@ -187,7 +187,7 @@ def test_after_a_kill_only_what_was_running_runs_again(
 ) -> None:
     (flaky / "hang").touch()
     deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
-    flow_run_id = server.trigger(deployment, cwd=flaky)
+    flow_run_id = server.start_run(deployment)
     eventually(lambda: (flaky / "pid.txt").exists() and (flaky / "data/side.json").exists())
     done = ["save", "keep", "aside", "finish_aside"]
     eventually(
