@@ -127,7 +127,8 @@ def test_log_lines_are_shown_with_the_node_that_wrote_them(
     eventually(lambda: lines("kedro")[last] and lines("kedro")["report", RUNNING])
     assert set(lines("kedro", "tiny").values()) == {1}, "no line is there twice"
     kedro = lines("kedro")
-    assert kedro["add", "Running node: add: add([doubled;scaled]) -> [total]"]
+    runs = [text for name, text in kedro if name == "add" and text.startswith("Running node: add")]
+    assert len(runs) == 1
     loads = [text for name, text in kedro if name == "double" and text.startswith("Loading data")]
     assert len(loads) == 1
     assert kedro[None, "Completed node: add"]
