@@ -94,10 +94,10 @@ def add(doubled, scaled):
     import warnings
 
     log = logging.getLogger(__name__)
-    log.info("adding %d numbers", len(doubled) + len(scaled))
+    log.warning("adding %d numbers", len(doubled) + len(scaled))
     log.debug("not at this level")
     logging.getLogger("elsewhere").warning("not one of the project's")
-    thread = threading.Thread(target=lambda: log.info("from a thread \\udc80"))
+    thread = threading.Thread(target=lambda: log.warning("from a thread \\udc80"))
     thread.start()
     thread.join()
     log.warning("%s", "x" * 3_000_000)
