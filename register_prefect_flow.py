@@ -14,6 +14,7 @@ It takes over from https://docs.kedro.org/en/0.18.10/deployment/prefect.html.
 """
 
 import asyncio
+import base64
 import contextvars
 import difflib
 import functools
@@ -39,12 +40,14 @@ import sys
 import threading
 import traceback
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy
-from graphlib import TopologicalSorter
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -65,6 +68,9 @@ FILTERS = (
 NAMES_SHOWN = 50  # in an error that lists what there is
 TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
 LOG_SHOWN = 100_000  # characters of a log line that Prefect shows and stores
+PREVIEW_SHOWN = 1_000_000  # characters of a dataset's preview that Prefect shows and stores
+NODES_DRAWN = 300  # in a picture of the pipeline
+NAME_DRAWN = 22  # characters of a node's name
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer
 REGISTER_TIMEOUT = 60  # seconds in which it has to register: its database may be busy
 
@@ -100,6 +106,7 @@ from kedro.framework.startup import ProjectMetadata, _get_project_metadata, boot
 from kedro.logging import RichHandler
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+from kedro.pipeline.pipeline import CircularDependencyError
 from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, runtime, task
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
@@ -434,6 +441,13 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
 
 
+def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+    """Run a call of Prefect's client, whether or not the caller has an event loop."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        call = asyncio.wait_for(coroutine, timeout)
+        return thread.submit(contextvars.copy_context().run, asyncio.run, call).result()
+
+
 # ---- Project: environment, pipeline, catalog ----
 
 
@@ -459,6 +473,14 @@ def _bootstrap(project_path: Path) -> ProjectMetadata:
     metadata = bootstrap_project(project_path)
     _print_plain_lines()
     return metadata
+
+
+def _flow_name() -> str:
+    """Name the flow after the project's package: on one server, projects must not share a flow."""
+    try:
+        return _get_project_metadata(PROJECT_PATH).package_name
+    except (RuntimeError, ValueError):  # not in a Kedro project: prefect_deploy says so
+        return "my_flow"
 
 
 def _check_telemetry() -> None:
@@ -557,6 +579,48 @@ def _load_whole_pipeline(options: Options) -> Pipeline:
 
 def _dataset_names(pipeline: Pipeline) -> set[str]:
     return set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
+
+
+class _Group(Node):
+    """Nodes that one task runs, one after the other, as a node that Kedro's pipelines take."""
+
+    def __init__(self, name: str, members: list[Node]) -> None:
+        made = set(map(_plain_name, chain.from_iterable(node.outputs for node in members)))
+        inputs = dict.fromkeys(chain.from_iterable(node.inputs for node in members))
+        super().__init__(
+            lambda *_: None,
+            [dataset for dataset in inputs if _plain_name(dataset) not in made],
+            list(chain.from_iterable(node.outputs for node in members)),
+            name=name,
+            tags=set(chain.from_iterable(node.tags for node in members)),
+        )
+        self.members = members
+
+
+def _members(node: Node) -> list[Node]:
+    return node.members if isinstance(node, _Group) else [node]
+
+
+def _group(pipeline: Pipeline, group_by: str | None) -> Pipeline:
+    """Put all nodes of a top-level namespace into one."""
+    if group_by is None:
+        return pipeline
+    nodes = {node.name: node for node in pipeline.nodes}
+    groups = [
+        _Group(found.name, [nodes[name] for name in found.nodes])
+        if found.type == "namespace"
+        else nodes[found.name]
+        for found in pipeline.group_nodes_by(group_by)
+    ]
+    try:
+        return Pipeline(groups)
+    except CircularDependencyError as error:
+        cycle = cast("CycleError", error.__cause__).args[1]
+        names = " -> ".join(node.name for node in cycle)
+        raise click.ClickException(
+            f"prefect.yml: task_runner.group_by {group_by}: the groups need each other, {names}."
+            " Leave it out, or put these nodes into one namespace."
+        ) from error
 
 
 def _is_parameter(name: str) -> bool:
@@ -700,8 +764,10 @@ _DEPLOYMENT: Options = {  # the keys of Prefect's prefect.yaml; `path` and `sour
 _SHAPE: Options = {
     "deployment": _DEPLOYMENT, "deployments": [_DEPLOYMENT],
     "flow": {"retries": int, "retry_delay_seconds": _NUMBER},
-    "task_runner": {"type": str, "max_workers": _POSITIVE, "is_async": bool, "resume": bool},
-    "checkpoints": (str, {"url": str, "credentials": str}),
+    "task_runner": {
+        "type": str, "max_workers": _POSITIVE, "is_async": bool, "resume": bool, "group_by": str,
+    },
+    "checkpoints": (str, {"url": str, "credentials": str}), "artifacts": bool,
     "tasks": {str: {
         "retries": int, "retry_delay_seconds": (*_NUMBER, list), "retry_jitter_factor": _NUMBER,
         "timeout_seconds": _NUMBER, "tags": list, "log_prints": bool, "description": str,
@@ -744,6 +810,7 @@ class _Config(NamedTuple):
     task_runner: Options
     tasks: dict[str, Options]
     checkpoints: Any = None  # URL, or URL and credentials
+    artifacts: bool = True
 
 
 def _check(where: str, found: Any, shape: Any) -> None:
@@ -807,14 +874,17 @@ def _read_config(session: Any, options: Options) -> _Config:
     if kind in ("dask", "ray"):  # which check what else there is
         shape["task_runner"] = _SHAPE["task_runner"] | {str: object}
     _check("", found, shape)
-    empty: Options = {name: {} for name in _Config._fields} | {
-        "deployments": [],
-        "checkpoints": None,
-    }
+    empty: Options = {name: {} for name in _Config._fields}
+    empty |= {"deployments": [], **_Config._field_defaults}
     config = _Config(**empty | found)
     if kind not in _TASK_RUNNERS:
         problem = f"prefect.yml: task_runner.type is '{kind}'."
         raise click.ClickException(problem + _close_matches(kind, _TASK_RUNNERS, "types"))
+    if group_by := config.task_runner.get("group_by"):
+        _need(kedro, "1.0", "prefect.yml: task_runner.group_by")
+        if group_by != "namespace":
+            problem = f"prefect.yml: task_runner.group_by is '{group_by}'"
+            raise click.ClickException(f"{problem}, and there is no other than namespace.")
     if kind != "threads" or config.checkpoints:
         what = f"prefect.yml: {'checkpoints' if config.checkpoints else f'task_runner.type {kind}'}"
         _need(kedro, "0.19", what)
@@ -941,7 +1011,8 @@ def _read_deployment(name: str, section: Options, given: Options, options: Optio
 def _task_names(node: Node) -> set[str]:
     """Return the names by which the tasks section may speak of a node."""
     tags = {f"tag:{tag}" for tag in node.tags}
-    return {"default", node.name, *tags, *(f"namespace:{name}" for name in _namespaces(node))}
+    namespaces = chain.from_iterable(map(_namespaces, _members(node)))
+    return {"default", node.name, *tags, *(f"namespace:{name}" for name in namespaces)}
 
 
 def _task_options(node: Node, tasks: dict[str, Options]) -> Options:
@@ -959,6 +1030,150 @@ def _check_task_names(tasks: Iterable[str]) -> None:
                 f"prefect.yml: tasks has '{name}', which is no node of any pipeline."
                 + _close_matches(name, known, "names")
             )
+
+
+# ---- Pictures and artifacts: what Prefect's UI shows of a pipeline ----
+
+_COLOURS = {  # of boxes, by how it went; the first one of several shows
+    "failed": "#b91c1c", "not run": "#6b7280", "resumed": "#1d4ed8", "completed": "#15803d",
+    "": "#334155",
+}  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """Write a text in Markdown so that nothing in it is markup, and it stays in its table cell."""
+    # Backslashes, because the older UI decodes few entities.
+    return re.sub(
+        r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False)
+    )
+
+
+def _shorten(text: str) -> str:
+    return f"{text[: NAME_DRAWN - 3]}..." if len(text) > NAME_DRAWN else text
+
+
+def _state_of(node: Node, states: dict[str, str]) -> str:
+    """Return how it went with a node; of a group, what most needs to be seen."""
+    found = {states.get(name, "") for name in (node.name, *(m.name for m in _members(node)))}
+    return next((state for state in _COLOURS if state in found), "failed")
+
+
+def _draw(pipeline: Pipeline, states: dict[str, str]) -> str:
+    """Draw a pipeline as SVG: layers from left to right, and what needs what."""
+    layers, needed = pipeline.grouped_nodes, pipeline.node_dependencies
+    height, left = 36 * max(map(len, layers), default=0), 4
+    place: dict[Node, tuple[int, float]] = {}  # right and middle of its box
+    boxes, lines = [], []
+    for layer in layers:
+        width = 7 * max(len(_shorten(node.name)) for node in layer) + 16
+        heights = {node: [place[other][1] for other in needed[node]] for node in layer}
+        # At the height of what they need: few lines cross.
+        ordered = sorted(layer, key=lambda n: sum(heights[n]) / max(len(heights[n]), 1))
+        for row, node in enumerate(ordered):
+            y = 36 * row + 18 + (height - 36 * len(layer)) / 2
+            place[node] = left + width, y
+            boxes.append(
+                f'<g><title>{html.escape(node.name)}</title><rect x="{left}" y="{y - 14:g}"'
+                f' width="{width}" height="28" rx="5" fill="{_COLOURS[_state_of(node, states)]}"/>'
+                f'<text x="{left + width / 2:g}" y="{y + 4.5:g}">'
+                f"{html.escape(_shorten(node.name))}</text></g>"
+            )
+            for x, middle in (place[other] for other in needed[node]):
+                lines.append(
+                    f"M {x} {middle:g} C {x + 14} {middle:g} {left - 14} {y:g} {left} {y:g}"
+                )
+        left += width + 24
+    size = f'width="{left - 20}" height="{height}" viewBox="0 0 {left - 20} {height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13"'
+        f' text-anchor="middle"><path d="{" ".join(lines)}" fill="none" stroke="#94a3b8"'
+        f' stroke-width="1.5"/><g fill="#fff">{"".join(boxes)}</g></svg>'
+    )
+
+
+def _picture(pipeline: Pipeline, states: dict[str, str]) -> str:
+    """Return the drawing in Markdown; of a large pipeline, that of its namespaces."""
+    if len(pipeline.nodes) > NODES_DRAWN:
+        with suppress(AttributeError, click.ClickException):  # Kedro before 1.0; a cycle
+            pipeline = _group(pipeline, "namespace")
+    if len(pipeline.nodes) > NODES_DRAWN:
+        return f"{len(pipeline.nodes)} nodes, which are too many to draw."
+    drawn = base64.b64encode(_draw(pipeline, states).encode()).decode()
+    return f"![the pipeline](data:image/svg+xml;base64,{drawn})"
+
+
+def _artifact_key(name: str) -> str:
+    """Return the key of an artifact of this project: it may hold a-z, 0-9 and hyphens only."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if slug != name or "-" in name or name in ("run", "progress"):  # so that no two are the same
+        slug = f"{slug[:50]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+    return f"{_package_key()}-{slug}"
+
+
+def _package_key() -> str:
+    return re.sub(r"[^a-z0-9]+", "-", _flow_name().lower()).strip("-")
+
+
+async def _create_artifact(kind: str, key: str, data: Any) -> Any:
+    """Add an artifact to the flow run and the task run that go on here."""
+    flow_run_id, task_run_id = runtime.flow_run.id, runtime.task_run.id
+    ids = {"flow_run_id": flow_run_id, "task_run_id": task_run_id}
+    async with get_client() as client:
+        return await client.create_artifact(
+            _actions.ArtifactCreate(type=kind, key=key, data=data, **ids)
+        )
+
+
+async def _update_artifact(artifact_id: Any, data: Any) -> None:
+    async with get_client() as client:
+        await client.update_artifact(artifact_id, _actions.ArtifactUpdate(data=data))
+
+
+def _code(text: str, language: str = "") -> str:
+    """Write a text as a block of code; none of it ends the block."""
+    fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _render(dataset: Any, arguments: Options) -> str:
+    """Return a dataset's own preview as Markdown."""
+    preview = getattr(dataset, "preview", None) or dataset._preview  # as kedro-datasets 1 calls it
+    kind = str(getattr(inspect.signature(preview).return_annotation, "__name__", ""))
+    kind = kind or str(inspect.signature(preview).return_annotation)
+    found: Any = preview(**arguments)
+    if kind == "PlotlyPreview":
+        with suppress(Exception):  # without kaleido there is no picture
+            figure = importlib.import_module("plotly.io").from_json(json.dumps(found))
+            found, kind = base64.b64encode(figure.to_image("png")).decode(), "ImagePreview"
+    if kind == "ImagePreview":
+        return f"![preview](data:image/png;base64,{found})"
+    if isinstance(found, dict) and {"columns", "data"} <= found.keys():
+        rows = [found["columns"], ["---"] * len(found["columns"]), *found["data"]]
+        cells = [[cell if cell == "---" else _plain(str(cell)) for cell in row] for row in rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    with suppress(ValueError):
+        found = json.loads(found) if isinstance(found, str) else found
+    is_text = isinstance(found, str)
+    return _code(
+        found if is_text else json.dumps(found, indent=2, default=str), "" if is_text else "json"
+    )
+
+
+def _show_previews(node: Node, catalog: Any) -> None:
+    """Show those of a node's outputs whose catalog entry asks for it; the server keeps them."""
+    for name in node.outputs:
+        dataset = _inner(_get_dataset(catalog, name))
+        about = getattr(dataset, "metadata", None)
+        about = about.get("prefect") if isinstance(about, dict) else None
+        if isinstance(about, dict) and about.get("preview"):
+            try:
+                shown = _render(dataset, about.get("preview_args") or {})
+                if len(shown) > PREVIEW_SHOWN:
+                    raise ValueError(f"it has {len(shown)} characters, more than {PREVIEW_SHOWN}")
+                text = f"### {_plain(name)}\n\n{shown}\n"
+                _call_api(_create_artifact("markdown", _artifact_key(name), text), SERVER_TIMEOUT)
+            except Exception as error:
+                logging.getLogger("kedro").warning("No preview of '%s' in Prefect: %r", name, error)
 
 
 # ---- The plan: what was checked, and is now going to be shown, run or registered ----
@@ -1032,14 +1247,6 @@ def _print_plan(plan: _Plan) -> None:
     click.echo(_without_credentials("\n".join(lines)))
 
 
-def _plain(text: str) -> str:
-    """Write a text in Markdown so that nothing in it is markup, and it stays in its table cell."""
-    # Backslashes, because the older UI decodes few entities.
-    return re.sub(
-        r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False)
-    )
-
-
 def _describe(plan: _Plan) -> str:
     """Account for the pipeline in Markdown, without values that may be secret."""
     shown = plan.options | {"runtime_params": list(plan.options.get("runtime_params", ()))}
@@ -1047,6 +1254,7 @@ def _describe(plan: _Plan) -> str:
         [
             f"Kedro project **{_plain(plan.metadata.project_name)}**, registered with\n",
             *(f"- {name}: {_plain(str(shown[name]))}" for name in plan.options),
+            f"\n{_picture(plan.pipeline, {})}",
             "\n| layer | node | inputs | outputs |\n|---|---|---|---|",
             *(
                 f"| {number} | {_plain(node.name)} | {'<br>'.join(map(_plain, node.inputs))}"
@@ -1075,6 +1283,7 @@ def _make_plan(
     options = deployment.parameters
     _check_environment(options)
     pipeline = _load_pipeline(options)
+    _group(pipeline, config.task_runner.get("group_by"))  # which may fail
     _check_task_names(config.tasks)
     datasets = _load_datasets(pipeline, options) if with_catalog else {}
     return _Plan(metadata, pipeline, datasets, config, section, deployment)
@@ -1236,6 +1445,17 @@ def _clean_checkpoints(config: _Config, options: Options) -> None:
 # ---- Nodes as tasks, here or in other processes ----
 
 
+@dataclass
+class _Record:
+    """How it went with the task of a node."""
+
+    state: str = "not run"
+    start: datetime | None = None
+    seconds: float = 0
+    attempts: int = 0
+    error: BaseException | None = None  # as it was raised
+
+
 class _Run(NamedTuple):
     """What the tasks of one run find by its key."""
 
@@ -1245,11 +1465,13 @@ class _Run(NamedTuple):
     is_async: bool
     run_id: str | None
     fingerprint: str  # of the whole pipeline, and the options of the flow run
-    errors: dict[str, BaseException]  # by node name, as they were raised
+    records: defaultdict[str, _Record]  # by node name
     elsewhere: Callable[[Node], None] | None = None  # has a node run in another process
+    has_previews: bool = False
 
 
 _runs: dict[str, _Run] = {}  # those that go on in this process
+_latest: list[dict[str, _Record]] = [{}]  # how it went in the run that was started last
 _started: Counter[str | None] = Counter()  # task runs, by flow run
 
 
@@ -1316,19 +1538,26 @@ def _bearable_errors(*logged_by: Any) -> Iterator[None]:
 def kedro_task(node_name: str, run_key: str) -> None:
     """Run one node of a run as Kedro does: load, run, save, with its hooks."""
     run = _runs[run_key]
-    node = run.nodes[node_name]
+    node, record = run.nodes[node_name], run.records[node_name]
+    record.attempts += 1
+    record.start = datetime.now(timezone.utc)
     try:
         if run.elsewhere:
             run.elsewhere(node)
         else:
-            _run_node(node, run.catalog, run.hook_manager, run.is_async, run.run_id)
+            for member in _members(node):
+                _run_node(member, run.catalog, run.hook_manager, run.is_async, run.run_id)
     except SystemExit as ended:  # a failure of this node, and no end of anything else
         code, _ = _text_of(ended)
-        run.errors[node_name] = RuntimeError(f"Node '{node_name}' called sys.exit({code})")
-        raise run.errors[node_name] from ended
+        record.error = RuntimeError(f"Node '{node_name}' called sys.exit({code})")
+        raise record.error from ended
     except (Exception, KeyboardInterrupt) as error:
-        run.errors[node_name] = error
+        record.error = error
         raise
+    finally:
+        record.seconds = (datetime.now(timezone.utc) - record.start).total_seconds()
+    if run.has_previews:
+        _show_previews(node, run.catalog)
 
 
 def instantiate_task(node: Node, run_key: str, like: Task[[], None]) -> Task[[], None]:
@@ -1426,12 +1655,19 @@ def _open_run(say: Callable[[str, bytes], None], told: str) -> _Run:
     _adopt_session_id(session, job["session_id"])
     _, catalog = _load_catalog(session, options)
     credentials = _read_credentials(session, options, job["credentials"])
-    checkpoints = _Checkpoints(job["folder"], credentials)
-    _add_checkpoints(catalog, pipeline, checkpoints, kept=(), cache=False)
+    checkpoints, grouped = (
+        _Checkpoints(job["folder"], credentials),
+        _group(pipeline, job["group_by"]),
+    )
+    kept = grouped.outputs() - pipeline.outputs()
+    for name in kept:  # handed on within a group
+        if _get_dataset(catalog, name) is None:
+            _set_dataset(catalog, name, kedro_io.MemoryDataset())
+    _add_checkpoints(catalog, grouped, checkpoints, kept, cache=False)
     _pin_versions(catalog, pipeline, job["session_id"])
-    nodes = {node.name: node for node in pipeline.nodes}
-    hooks = session._hook_manager
-    return _Run(nodes, catalog, hooks, job["is_async"], job["session_id"], "", {})
+    nodes, hooks = {node.name: node for node in grouped.nodes}, session._hook_manager
+    records: defaultdict[str, _Record] = defaultdict(_Record)
+    return _Run(nodes, catalog, hooks, job["is_async"], job["session_id"], "", records)
 
 
 def _pack_error(error: BaseException, with_object: bool) -> bytes:
@@ -1636,33 +1872,50 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
     distributed = _import("distributed", "distributed", "task_runner.type dask")
     logging.getLogger("distributed").setLevel(logging.WARNING)
     run_in_child, end_children = _by_value(_run_in_child), _by_value(_end_children)
+    topic, said = f"kedro-{run}", cast("dict[str, queue.SimpleQueue[tuple[str, bytes]]]", {})
 
-    def work(job: Options) -> list[tuple[str, bytes]]:  # functions in functions are sent by value
+    def work(job: Options) -> None:  # functions in functions are sent by value
         worker = importlib.import_module("distributed").get_worker()
         tasks, key = worker.state.tasks, worker.get_current_task()
 
         def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
             return key in tasks and tasks[key].state != "cancelled"
 
-        return list(pickle.loads(run_in_child)(job, is_wanted))
+        for kind, payload in pickle.loads(run_in_child)(job, is_wanted):
+            worker.log_event(topic, (key, kind, payload))  # which the scheduler passes on
 
     def send(job: Options, resources: Options) -> _Messages:
-        key, ended = f"{job['node']}-{uuid.uuid4().hex}", threading.Event()
+        key = f"{job['node']}-{uuid.uuid4().hex}"
+        messages = said[key] = queue.SimpleQueue()
         future = client.submit(work, job, key=key, pure=False, resources=resources or None)
-        future.add_done_callback(lambda _: ended.set())
+        future.add_done_callback(lambda _: messages.put(("", b"")))
         try:
-            while not ended.wait(0.2):  # in steps, so that a timeout can interrupt it
-                pass
-            yield from future.result()
+            kind = "print"
+            while kind:
+                with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
+                    kind, payload = messages.get(timeout=0.2)
+                    if kind:
+                        yield kind, payload
+            future.result()  # raises what kept the node from being run
         finally:
             future.cancel()
+            del said[key]
+
+    def hear(event: Any) -> None:
+        _, (key, kind, payload) = event
+        if key in said:
+            said[key].put((kind, payload))
 
     with ExitStack() as stack:
         client = _connect(distributed, options, stack)
+        client.subscribe_topic(topic, hear)
 
         def stop() -> None:
             with suppress(Exception):  # there may be no cluster any more
                 client.run(lambda: pickle.loads(end_children)(run))
+                client.run_on_scheduler(
+                    lambda dask_scheduler: dask_scheduler._broker._topics.pop(topic)
+                )
 
         try:
             yield _Engine(sum(client.nthreads().values()), send, stop)
@@ -1692,8 +1945,8 @@ def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
         finally:
             ray.cancel(stream, force=True)
 
-    try:
-        ray.init(**options)
+    try:  # if no address is given, not in the cluster that was started last on this machine
+        ray.init(**{"address": "local", "include_dashboard": False} | options)
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         where = options.get("address", "this machine")
         raise click.ClickException(
@@ -1737,13 +1990,6 @@ def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node)
 # ---- PrefectRunner ----
 
 
-def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
-    """Run a call of Prefect's client, whether or not the caller has an event loop."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        call = asyncio.wait_for(coroutine, timeout)
-        return thread.submit(contextvars.copy_context().run, asyncio.run, call).result()
-
-
 async def _read_limited_tags() -> set[str]:
     """Ask the server which tags limit how many task runs may go on at once."""
     limits: list[Any] = []
@@ -1751,6 +1997,39 @@ async def _read_limited_tags() -> set[str]:
         while page := await client.read_concurrency_limits(limit=200, offset=len(limits)):
             limits += page
     return {limit.tag for limit in limits}
+
+
+@contextmanager
+def _show_progress(run: _Run, is_wanted: bool) -> Iterator[None]:
+    """Show in Prefect how many of a run's nodes have completed, if it takes more than 5 s."""
+    ended, nodes = threading.Event(), len(run.nodes)
+
+    def count() -> float:
+        states = [record.state for record in list(run.records.values())]
+        return 100 * states.count("completed") / nodes
+
+    def show() -> None:
+        if ended.wait(5):
+            return
+        try:
+            made = _create_artifact("progress", f"{_package_key()}-progress", count())
+            artifact = _call_api(made, SERVER_TIMEOUT)
+            is_last = False
+            while not is_last:
+                is_last = ended.wait(2)
+                _call_api(_update_artifact(artifact.id, count()), SERVER_TIMEOUT)
+        except Exception as error:
+            logging.getLogger("kedro").warning("No progress of this run in Prefect: %r", error)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(show,))
+    if is_wanted and _PREFECT_3:  # Prefect 2 has no such artifacts
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def _longest_path_first(pipeline: Pipeline) -> list[Node]:
@@ -1851,9 +2130,13 @@ class PrefectRunner(SequentialRunner):
         self._engine_options: Options = {}
         self._job: Options = {}  # what an engine is told of the run
         self._checkpoints: _Checkpoints | None = None
+        self._group_by: str | None = None
+        self._has_artifacts = False
+        self._account: tuple[Pipeline, Any, dict[str, _Record]] | None = None  # after a run
+        self._suggestion = ""  # of Kedro, how to go on after a failure
         self._resume = True
         self._fingerprint = ""  # of pipeline and options, in a flow run that can be retried
-        self._earlier: dict[str, Any] = {}  # by dataset: the task run of an attempt that wrote it
+        self._resumed: dict[Node, Any] = {}  # what need not run: the task run that completed
 
     @property
     def _logger(self) -> logging.Logger:
@@ -1867,19 +2150,32 @@ class PrefectRunner(SequentialRunner):
         # Every tag of a task run costs a call to the server: use only those that do something.
         used_tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
         tags = used_tags & _call_api(_read_limited_tags()) if used_tags else used_tags
-        nodes, key = {node.name: node for node in pipeline.nodes}, uuid.uuid4().hex
-        self._share(catalog, pipeline)
+        grouped, key = _group(pipeline, self._group_by), uuid.uuid4().hex
+        self._share(catalog, grouped)
         if self._engine != "threads":
             _pin_versions(catalog, pipeline, str(run_id))
         with _ENGINES[self._engine](key, self._engine_options) as engine:
             told = json.dumps({**self._job, "session_id": run_id, "is_async": self._is_async})
             job = {"run": key, "script": str(THIS_FILE), "told": told}
             elsewhere = functools.partial(_hand_over, engine, job, self._task_options or {})
+            nodes = {node.name: node for node in grouped.nodes}
             run = _Run(
                 nodes, catalog, hook_manager, self._is_async, run_id, self._fingerprint,
-                errors={}, elsewhere=elsewhere if engine.send else None,
+                records=defaultdict(_Record), elsewhere=elsewhere if engine.send else None,
+                has_previews=self._has_artifacts,
             )  # fmt: skip
-            self._run_tasks(pipeline, run, key, engine, tags)
+            for node, done in self._resumed.items():
+                seconds = done.total_run_time.total_seconds()
+                run.records[node.name] = _Record(
+                    "resumed", done.start_time, seconds, done.run_count
+                )
+            _latest[0] = run.records
+            self._account = Pipeline([*self._resumed, *grouped.nodes]), catalog, run.records
+            with (
+                self._task_scheduler(grouped, run, key, engine, tags) as scheduler,
+                _show_progress(run, self._has_artifacts),
+            ):
+                self._follow(scheduler, run, pipeline)
             if engine.send and self._checkpoints:
                 _take_back(catalog, pipeline, self._checkpoints)
         outputs = sorted(pipeline.outputs())
@@ -1891,36 +2187,53 @@ class PrefectRunner(SequentialRunner):
             cache = self._engine == "threads"
             _add_checkpoints(catalog, pipeline, self._checkpoints, pipeline.outputs(), cache)
 
-    def _run_tasks(
+    @contextmanager
+    def _task_scheduler(
         self, pipeline: Pipeline, run: _Run, key: str, engine: _Engine, tags: set[str]
-    ) -> None:
+    ) -> Iterator[_Scheduler]:
         layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options, tags)
         tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
         for node, node_task in tasks.items():
             node_task.task_key = _task_key(node, run)
         max_workers = self._max_workers or engine.size
+        done = self._resumed.items()
+        earlier = {_plain_name(name): found for node, found in done for name in node.outputs}
         _runs[key] = run
         try:
             with _task_runner(max_workers) as submit:
-                scheduler = _Scheduler(pipeline, tasks, submit, max_workers, self._earlier)
                 try:
-                    self._follow(scheduler, run, pipeline)
+                    yield _Scheduler(pipeline, tasks, submit, max_workers, earlier)
                 except BaseException:
                     engine.stop()  # or those that run would be waited for
                     raise
         finally:
             del _runs[key]
 
+    def _suggest(self, pipeline: Pipeline, done_nodes: list[Node], catalog: Any) -> None:
+        """Log how `kedro run` would go on, and keep it."""
+
+        def keep(record: logging.LogRecord) -> bool:
+            self._suggestion = record.getMessage()
+            return True
+
+        self._logger.addFilter(keep)
+        try:
+            self._suggest_resume_scenario(pipeline, done_nodes, catalog)
+        finally:
+            self._logger.removeFilter(keep)
+
     def _follow(self, scheduler: _Scheduler, run: _Run, pipeline: Pipeline) -> None:
         """Do all that follows from a node's end, until all have ended."""
-        load_counts = Counter(chain.from_iterable(node.inputs for node in pipeline.nodes))
+        load_counts = Counter(chain.from_iterable(node.inputs for node in run.nodes.values()))
         kept = pipeline.inputs() | pipeline.outputs()
         done_nodes: list[Node] = []
         failed: list[tuple[Node, Any]] = []
         for node, future in scheduler:
-            if isinstance(run.errors.get(node.name), KeyboardInterrupt):
-                raise run.errors[node.name]
-            if completed := _final_state(future).is_completed():
+            record, state = run.records[node.name], _final_state(future)
+            if isinstance(record.error, KeyboardInterrupt):
+                raise record.error
+            record.state = "not run" if state.name == "NotReady" else state.name.lower()
+            if completed := state.is_completed():
                 load_counts.subtract(node.inputs)  # and release, as Kedro's own runners do
                 for name in {*node.inputs, *node.outputs} - kept:
                     if load_counts[name] < 1:
@@ -1929,14 +2242,17 @@ class PrefectRunner(SequentialRunner):
             if not completed:
                 failed.append((node, future))
                 continue
-            done_nodes.append(node)
-            self._logger.info("Completed node: %s", node.name)
-            self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(run.nodes))
+            for member in _members(node):
+                done_nodes.append(member)
+                self._logger.info("Completed node: %s", member.name)
+                self._logger.info(
+                    "Completed %d out of %d tasks", len(done_nodes), len(pipeline.nodes)
+                )
         if failed:
-            self._suggest_resume_scenario(pipeline, done_nodes, run.catalog)
+            self._suggest(pipeline, done_nodes, run.catalog)
             node, future = failed[0]  # it ended first, so it is no node that waited for another
-            if node.name in run.errors:
-                raise run.errors[node.name]
+            if error := run.records[node.name].error:
+                raise error
             future.result()  # raises
             raise RuntimeError(f"A task run ended as {_final_state(future).name}")
 
@@ -2045,18 +2361,17 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
     context, catalog = _load_catalog(session, options)
     session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
     context._get_catalog = lambda **_: catalog
-    pipeline = _load_pipeline(options)
+    pipeline = _group(_load_pipeline(options), runner._group_by)
     runner._share(catalog, pipeline)
-    run = _Run({}, catalog, None, False, session_id, fingerprint, {})
+    run = _Run({}, catalog, None, False, session_id, fingerprint, defaultdict(_Record))
     again = _find_what_runs_again(pipeline, run, last)
-    done = [node for node in pipeline.nodes if node not in again]
-    runner._earlier = {_plain_name(name): last[node.name] for node in done for name in node.outputs}
+    runner._resumed = {node: last[node.name] for node in pipeline.nodes if node not in again}
     completed = sum(run.state.is_completed() for run in last.values())
     counts = f"{completed} of {len(pipeline.nodes)}"
     log.info("Resuming session %s: %s nodes had completed", session_id, counts)
     for node in list(again)[:NAMES_SHOWN]:
         log.info("Runs again: %s (%s)", node.name, again[node])
-    names = [node.name for node in pipeline.nodes if node in again]
+    names = [member.name for node in again for member in _members(node)]
     return options | {"node_names": names, "run_id": session_id} if names else None
 
 
@@ -2068,15 +2383,7 @@ async def _set_retries(flow_run: Any, retries: int = 0, retry_delay_seconds: int
         await client.update_flow_run(flow_run.id, empirical_policy=policy)
 
 
-# ---- Logs: what Kedro and the project log, on the pages of flow run and task runs ----
-
-
-def _flow_name() -> str:
-    """Name the flow after the project's package: on one server, projects must not share a flow."""
-    try:
-        return _get_project_metadata(PROJECT_PATH).package_name
-    except (RuntimeError, ValueError):  # not in a Kedro project: prefect_deploy says so
-        return "my_flow"
+# ---- Logs, and the account of a run: what the pages of flow run and task runs show ----
 
 
 class _RunLogs(APILogHandler):
@@ -2125,6 +2432,60 @@ def _logs_to_prefect() -> Iterator[None]:
             logger.removeHandler(handler)
 
 
+def _describe_run(runner: PrefectRunner, error: BaseException | None) -> str:
+    """Account for a run in Markdown."""
+    lines = [f"## {_plain(runtime.flow_run.name)} has {'failed' if error else 'completed'}\n"]
+    if error:
+        text, _ = _text_of(error)
+        lines += [_code(f"{type(error).__name__}: {text[:TEXT_SHOWN]}"), ""]
+    if runner._suggestion:
+        lines += [f"As Kedro says:\n\n{_code(runner._suggestion)}\n"]
+    if runner._account is None:
+        return "\n".join([*lines, "No node was run."])
+    pipeline, catalog, records = runner._account
+    states = {node.name: records[node.name].state for node in pipeline.nodes}
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
+    seconds = sum(record.seconds for record in records.values() if record.state != "resumed")
+    lines += [f"{len(states)} nodes: {counts}; {seconds:.1f} s of work\n"]
+    lines += [_picture(pipeline, states)]
+    lines += ["\n| node | state | start | seconds | attempts | reads \u2192 writes |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for node in pipeline.nodes:
+        record = records[node.name]
+        start = f"{record.start:%H:%M:%S}" if record.start else ""
+        data = "<br>".join(
+            [*map(_plain, node.inputs), *(f"\u2192 {_plain(n)}" for n in node.outputs)]
+        )
+        about = (
+            _plain(node.name),
+            record.state,
+            start,
+            f"{record.seconds:.1f}",
+            record.attempts,
+            data,
+        )
+        lines.append(f"| {' | '.join(map(str, about))} |")
+    lines += ["\nTimes are UTC.\n\n| dataset | where it lives |\n|---|---|"]
+    for name in sorted(_dataset_names(pipeline)):
+        dataset = _get_dataset(catalog, name)
+        if not (_is_parameter(name) or _is_in_memory(_inner(dataset))):
+            where = _where(name, dataset).replace(f"{PROJECT_PATH}/", "")
+            lines.append(f"| {_plain(name)} | {_plain(where)} |")
+    return "\n".join(lines)
+
+
+def _give_account(runner: PrefectRunner, error: BaseException | None) -> None:
+    """Show how it went with each node; what goes wrong with that is a warning."""
+    if runner._has_artifacts:
+        try:
+            artifact = _create_artifact(
+                "markdown", f"{_package_key()}-run", _describe_run(runner, error)
+            )
+            _call_api(artifact, SERVER_TIMEOUT)
+        except Exception as problem:
+            get_run_logger().warning("No account of this run in Prefect: %r", problem)
+
+
 # ---- Flow ----
 
 
@@ -2147,16 +2508,20 @@ def kedro_init(options: Options) -> Any:
     place = _place_checkpoints(config, options)
     section = config.task_runner
     own = {name: section.pop(name) for name in ("is_async", "max_workers") if name in section}
+    group_by = section.pop("group_by", None)
     runner = PrefectRunner(**own, task_options=config.tasks)
     runner._resume, runner._engine = section.pop("resume", True), section.pop("type", "threads")
-    runner._engine_options = section
+    runner._engine_options, runner._group_by = section, group_by
+    runner._has_artifacts = config.artifacts
     shape = [[node.name, node.inputs, node.outputs] for node in nodes]
     runner._fingerprint = _digest(options, shape)
     if place:
         folder = f"{place['url'].rstrip('/')}/{runtime.flow_run.id}"
         name = place.get("credentials", "")
         runner._checkpoints = _Checkpoints(folder, _read_credentials(session, options, name))
-        runner._job = {"options": options, "folder": folder, "credentials": name}
+        runner._job = {
+            "options": options, "folder": folder, "credentials": name, "group_by": group_by,
+        }  # fmt: skip
         if runner._engine != "threads":
             runner._job["same"] = _same_everywhere(metadata)
     return session, runner
@@ -2173,8 +2538,10 @@ def _run_pipeline(options: Options) -> dict[str, str]:
                 if left := _resume(session, runner, options):
                     _run_session(session, runner, left)
             _end_checkpoints(runner._checkpoints, completed=True)
+            _give_account(runner, None)
         except Exception as error:
             _end_checkpoints(runner._checkpoints, completed=False)
+            _give_account(runner, error)
             remedies = () if _came_through(error, kedro_task) else _remedies(str(error), options)
             if text := "".join(remedies):
                 raise click.ClickException(f"{error}{text}") from error
@@ -2429,6 +2796,15 @@ def _interruptible(server: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _print_seconds() -> None:
+    """Print how long each node took, the slowest first."""
+    records = sorted(_latest[0].items(), key=lambda item: item[1].seconds, reverse=True)
+    for name, record in records[:NAMES_SHOWN]:
+        click.echo(f"  {record.seconds:8.1f} s  {name}  {record.state}")
+    if len(records) > NAMES_SHOWN:
+        click.echo(f"  and {len(records) - NAMES_SHOWN} more, which took no longer")
+
+
 def _run_now(plan: _Plan) -> None:
     """Run the flow in this process; exit code 1 if it fails, 130 if Ctrl-C ends it."""
     has_server = bool(PREFECT_API_URL.value())  # without, Prefect starts its embedded one
@@ -2445,6 +2821,7 @@ def _run_now(plan: _Plan) -> None:
             # It stops with this process, and loses what it has not recorded.
             flow_run_id, expected = next(reversed(_started.items()))
             _call_api(_read_task_runs(flow_run_id, expected, patience=10 if state else 2))
+    _print_seconds()
     if state is None:
         click.echo("Stopped by Ctrl-C.", err=True)
         sys.exit(130)

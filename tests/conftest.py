@@ -100,7 +100,7 @@ class Server:
         """Start the server, for the first time or again, with the same address and database."""
         eventually(self.port_is_free)  # its last connections may linger
         command = [BIN / "prefect", "server", "start", "--port", str(self.port)]
-        env = {"PREFECT_HOME": str(self.folder)}
+        env = {"PREFECT_HOME": str(self.folder), "PREFECT_UI_API_URL": self.url}
         self.process = self.start(command, "server", cwd=self.folder, env=env)
 
     def port_is_free(self) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from conftest import BIN, PREFECT_3, Server, copy_in, eventually, register, stop
 from features_project import KEDRO, write_features_project
+from test_end_to_end import register_and_forget
 from test_features import FEATURES, compare
-from test_resuming import fail, flaky, logged, mend, ran, retry  # noqa: F401
+from test_resuming import fail, flaky, mend, ran, retry  # noqa: F401
 from tiny_project import write_tiny_project
 
 pytestmark = [
@@ -106,7 +107,9 @@ def talk_b(numbers):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_nodes_say_comes_back_in_order(project: Path, server: Server, engine: str) -> None:
     write_pipeline(
-        project, TALKING, "node(talk_a, 'numbers', 'a'), node(talk_b, 'numbers', 'b', name='b')"
+        project,
+        TALKING,
+        "node(talk_a, 'numbers', 'a', name='a'), node(talk_b, 'numbers', 'b', name='b')",
     )
     write_config(project, f"task_runner: {{type: {engine}}}\ntasks: {{b: {{log_prints: true}}}}")
     done = register(project, server, "--run")
@@ -115,6 +118,20 @@ def test_what_nodes_say_comes_back_in_order(project: Path, server: Server, engin
         said = re.findall(rf"\b{me}: (?:first|second|third|fo|not).*", done.stdout + done.stderr)
         assert said == [f"{me}: {what}" for what in ("first", "second", "third", "fourth \\udc80")]
     assert re.search(r"Task run 'b' - b: second", done.stdout + done.stderr)
+    [flow_run] = server.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+
+    def shown(me: str) -> list[str]:
+        """The node's own lines on the page of its task run."""
+        if not (task_run := server.task_runs(flow_run["id"]).get(me)):
+            return []
+        logs = {"flow_run_id": {"any_": [flow_run["id"]]}}
+        lines = server.post("/logs/filter", {"logs": logs, "sort": "TIMESTAMP_ASC"})
+        own = [line["message"].strip() for line in lines if line["task_run_id"] == task_run["id"]]
+        return [line for line in own if line.startswith(f"{me}: ")]
+
+    # What is printed is shown where log_prints is set, other loggers where Prefect is told so.
+    eventually(lambda: shown("a") == ["a: first"])
+    eventually(lambda: shown("b") == ["b: first", "b: second", "b: fourth \\udc80"])
 
 
 FAILING = """
@@ -168,7 +185,7 @@ def dies_once(numbers):
 
 def sleeps(numbers):
     Path("sleeps.txt").write_text(str(os.getpid()))
-    time.sleep(5)
+    time.sleep(30)
     Path("slept.txt").write_text("")
     return 1
 
@@ -206,14 +223,10 @@ def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engi
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_node_that_takes_too_long_is_stopped(project: Path, server: Server, engine: str) -> None:
     write_pipeline(project, FAILING, "node(sleeps, 'numbers', 'slept', name='sleeps')")
+    # A process takes some seconds to start.
     write_config(
-        project, f"task_runner: {{type: {engine}}}\ntasks: {{sleeps: {{timeout_seconds: 2}}}}"
+        project, f"task_runner: {{type: {engine}}}\ntasks: {{sleeps: {{timeout_seconds: 12}}}}"
     )
-    # A worker's process may take longer than that to start.
-    path = project / "conf/base/prefect.yml"
-    path.write_text(path.read_text().replace("timeout_seconds: 2", "timeout_seconds: 12"))
-    nodes = project / "src/tiny/own.py"
-    nodes.write_text(nodes.read_text().replace("time.sleep(5)", "time.sleep(30)"))
     done = register(project, server, "--run")
     assert done.returncode == 1
     assert "TimedOut" in done.stdout + done.stderr
@@ -258,6 +271,82 @@ def test_only_checkpoints_that_nobody_needs_are_removed(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Removed the checkpoints of 1 of 2 flow runs" in done.stdout
     assert sorted(path.name for path in place.iterdir()) == sorted([failed, other])
+
+
+GROUPED = """
+from pathlib import Path
+
+
+class Drawn(list):
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("not for other processes")
+
+
+def start(numbers):
+    Path("ran.txt").open("a").write("start ")
+    return Drawn(numbers)
+
+
+def end(drawn):
+    Path("ran.txt").open("a").write("end ")
+    return list(drawn)
+
+
+def fails_once(numbers):
+    Path("ran.txt").open("a").write("fails_once ")
+    if not Path("mended").exists():
+        raise RuntimeError("not yet")
+    return numbers
+
+
+def last(left, right):
+    return left + right
+"""
+IN_GROUPS = """
+    node(start, "numbers", "a.b.drawn", name="start", namespace="a.b"),
+    node(end, "a.b.drawn", "a.left", name="end", namespace="a"),
+    node(fails_once, "a.left", "right", name="fails_once"),
+    node(last, ["a.left", "right"], "total", name="last"),
+"""
+
+
+@pytest.mark.skipif(KEDRO < (1,), reason="Kedro 1.0 groups nodes")
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_nodes_of_a_namespace_are_one_task(
+    project: Path, server: Server, pool: str, engine: str
+) -> None:
+    write_pipeline(project, GROUPED, IN_GROUPS)
+    write_config(
+        project, f"task_runner: {{type: {engine}, group_by: namespace}}\ncheckpoints: handed_on"
+    )
+    # What start makes cannot be pickled: it is handed on in the memory of the process.
+    deployment = register_and_forget(project, server, pool)
+    flow_run_id = server.start_run(deployment)
+    assert server.finished(flow_run_id)["state_type"] == "FAILED"
+    states = {"a": "Completed", "fails_once": "Failed", "last": "NotReady"}
+    server.await_states(flow_run_id, {"kedro_init": "Completed", **states})
+    assert [path.name[:6] for path in (project / "handed_on" / flow_run_id).iterdir()] == ["a.left"]
+    (project / "mended").touch()
+    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert (project / "ran.txt").read_text() == "start end fails_once fails_once "
+    assert json.loads((project / "data/total.json").read_text()) == [1, 2, 3] * 2
+
+
+@pytest.mark.skipif(KEDRO < (1,), reason="Kedro 1.0 groups nodes")
+def test_groups_that_need_each_other_are_named(project: Path) -> None:
+    nodes = IN_GROUPS.replace('name="last"', 'name="last", namespace="a"')
+    write_pipeline(project, GROUPED, nodes)
+    write_config(project, "task_runner: {group_by: namespace}")
+    done = register(project, None, "--dry_run", "--run")
+    assert done.returncode == 1
+    assert "the groups need each other, " in done.stderr
+    assert " fails_once -> a" in done.stderr
+    write_config(project, "task_runner: {group_by: tag}")
+    done = register(project, None, "--dry_run", "--run")
+    assert "task_runner.group_by is 'tag', and there is no other than namespace" in done.stderr
 
 
 ODD = """

@@ -1,0 +1,131 @@
+"""What Prefect's UI shows, in a real browser; BROWSER_PYTHON is a Python that has Playwright."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PREFECT_3, Server, eventually, run
+from features_project import KEDRO
+from test_end_to_end import register_and_forget
+from test_resuming import flaky, mend  # noqa: F401
+
+pytestmark = pytest.mark.skipif(
+    not (os.environ.get("BROWSER_PYTHON") and (KEDRO >= (1,) or KEDRO < (0, 19))),
+    reason="needs BROWSER_PYTHON, in the oldest and the newest lane",
+)
+# Prefect 3 has two user interfaces.
+UIS = ["", "/v2"] if PREFECT_3 else [""]
+RUNS = "runs" if PREFECT_3 else "flow-runs"
+
+
+def browse(server: Server, folder: Path, *steps: tuple[str, str]) -> None:
+    base = server.url.removesuffix("/api")
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("browse.py")
+    done = run(os.environ["BROWSER_PYTHON"], script, base, folder, json.dumps(steps), cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def newest_run(server: Server) -> dict[str, Any]:
+    found = server.post("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    return found[0] if found else {}
+
+
+def artifact(server: Server, flow_run_id: str, key: str, holds: str = "") -> dict[str, Any]:
+    def find() -> Any:
+        found = server.post("/artifacts/filter", {})
+        of_run = [a for a in found if (a["flow_run_id"], a["key"]) == (flow_run_id, key)]
+        return [a for a in of_run if holds in a["data"]]
+
+    return eventually(find)[0]
+
+
+@pytest.mark.parametrize("ui", UIS)
+def test_a_user_sees_pipeline_run_and_results(
+    server: Server, pool: str, project: Path, tmp_path: Path, ui: str
+) -> None:
+    catalog = project / "conf/base/catalog.yml"
+    catalog.write_text(
+        catalog.read_text().replace(
+            "filepath: data/total.json",
+            "filepath: data/total.json\n  metadata: {prefect: {preview: true}}",
+        )
+    )
+    nodes = project / "src/tiny/nodes.py"
+    nodes.write_text(
+        nodes.read_text().replace(
+            "def double(numbers):\n",
+            "def double(numbers):\n    import logging\n"
+            "    logging.getLogger(__name__).info('doubling')\n",
+        )
+    )
+    assert "doubling" in nodes.read_text()
+    deployment = register_and_forget(project, server, pool)
+    found = server.request("GET", f"/deployments/name/{deployment}")["id"]
+    before = newest_run(server).get("id")
+    browse(
+        server, tmp_path / "start",
+        ("go to", f"{ui}/deployments/deployment/{found}"),
+        ("click", "Description"),
+        ("see picture", "the pipeline"),
+        ("press", "Run"),
+        ("click", "Quick run"),
+        ("see", "Quick run" if ui else "scheduled"),
+    )  # fmt: skip
+    eventually(lambda: newest_run(server).get("id") != before)
+    flow_run = server.finished(newest_run(server)["id"])
+    assert flow_run["state_type"] == "COMPLETED"
+    task_runs = eventually(lambda: server.task_runs(flow_run["id"]))
+    account = artifact(server, flow_run["id"], "tiny-run")
+    steps = [
+        ("go to", f"{ui}/{RUNS}/flow-run/{flow_run['id']}"),
+        ("see", "Completed"),
+        ("go to", f"{ui}/{RUNS}/task-run/{task_runs['double']['id']}"),
+        ("see", "doubling"),
+        ("go to", f"{ui}/artifacts/artifact/{account['id']}"),
+        ("see picture", "the pipeline"),
+        ("see", "4 completed"),
+    ]
+    if KEDRO >= (1,):  # kedro-datasets 1 has no preview of this
+        total = artifact(server, flow_run["id"], "tiny-total")
+        steps += [("go to", f"{ui}/artifacts/artifact/{total['id']}"), ("see", "30")]
+    browse(server, tmp_path / "end", *steps)
+
+
+@pytest.mark.parametrize("ui", UIS)
+def test_retry_in_the_browser_resumes(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+    tmp_path: Path,
+    ui: str,
+) -> None:
+    deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
+    flow_run_id = server.start_run(deployment)
+    assert server.finished(flow_run_id)["state_type"] == "FAILED"
+    account = artifact(server, flow_run_id, "tiny-run")
+    browse(
+        server, tmp_path / "failed",
+        ("go to", f"{ui}/artifacts/artifact/{account['id']}"),
+        ("see", "has failed"),
+        ("see", "--from-nodes"),
+    )  # fmt: skip
+    mend(flaky)
+    server.await_idle_worker()
+    browse(
+        server, tmp_path / "retry",
+        ("go to", f"{ui}/{RUNS}/flow-run/{flow_run_id}"),
+        ("press", "Retry"),
+        ("press", "Retry"),
+    )  # fmt: skip
+    eventually(lambda: server.flow_run(flow_run_id)["run_count"] == 2)
+    assert server.finished(flow_run_id)["state_type"] == "COMPLETED"
+    account = artifact(server, flow_run_id, "tiny-run", holds="resumed")
+    browse(
+        server, tmp_path / "retried",
+        ("go to", f"{ui}/artifacts/artifact/{account['id']}"),
+        ("see", "6 nodes: 3 resumed, 3 completed"),
+        ("see picture", "the pipeline"),
+    )  # fmt: skip
