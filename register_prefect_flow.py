@@ -380,6 +380,12 @@ def _need(package: Any, version: str, what: str) -> None:
         )
 
 
+def _need_both(what: str) -> None:
+    """Refuse engines and checkpoints where they have not been tried."""
+    _need(kedro, "0.19", what)
+    _need(prefect, "3.2", what)
+
+
 def _close_matches(name: str, names: Iterable[str], kind: str) -> str:
     """Name those that are spelled like the one asked for, and those there are."""
     names = sorted(names)
@@ -652,8 +658,7 @@ def _explain_filters(pipeline: Pipeline, options: Options) -> Iterator[str]:
 
 def _check_supported(options: Options) -> None:
     if options["checkpoints"]:
-        _need(kedro, "0.19", "checkpoints")
-        _need(prefect, "3.2", "checkpoints")
+        _need_both("checkpoints")
     if options["only_missing_outputs"]:
         _need(kedro, "1.0", "only_missing_outputs")
     if len(options["namespaces"]) > 1:
@@ -887,8 +892,7 @@ def _read_config(session: Any, options: Options) -> _Config:
             raise click.ClickException(f"{problem}, and there is no other than namespace.")
     if kind != "threads" or config.checkpoints:
         what = f"prefect.yml: {'checkpoints' if config.checkpoints else f'task_runner.type {kind}'}"
-        _need(kedro, "0.19", what)
-        _need(prefect, "3.2", what)
+        _need_both(what)
     for name, task_options in config.tasks.items():
         if "resources" in task_options and kind not in ("dask", "ray"):
             problem = f"prefect.yml: tasks.{name}.resources are for Dask and Ray"
@@ -1774,12 +1778,17 @@ class _Child:
         self.timer.start()
 
 
-def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> _Messages:
-    """Run a node in a child, and yield what it says.
+def _children() -> dict[str, list[Any]]:
+    """Return the children that stand by, by flow run.
 
-    What outlives a call is kept beside this function, which Dask and Ray make anew for each call.
+    They are kept beside the functions of this file, which Dask and Ray make anew for each call.
     """
-    runs = vars(sys.modules.setdefault("_kedro_children", ModuleType("_kedro_children")))
+    return vars(sys.modules.setdefault("_kedro_children", ModuleType("_kedro_children")))
+
+
+def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> _Messages:
+    """Run a node in a child, and yield what it says."""
+    runs = _children()
     idle: list[Any] = runs.setdefault(job["run"], [])
     if not Path(job["script"]).exists():
         raise FileNotFoundError(
@@ -1813,8 +1822,7 @@ def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> 
 
 def _end_children(run: str) -> None:
     """End the children of a flow run."""
-    runs = vars(sys.modules.setdefault("_kedro_children", ModuleType("_kedro_children")))
-    for child in runs.pop(run, []):
+    for child in _children().pop(run, []):
         child.end()
 
 
@@ -1849,21 +1857,38 @@ def _start_processes(run: str, _: Options) -> Iterator[_Engine]:
         stop()
 
 
+def _listen(messages: Any) -> _Messages:
+    """Yield what comes in a queue, up to a message of no kind."""
+    while True:
+        with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
+            kind, payload = messages.get(timeout=0.2)
+            if not kind:
+                return
+            yield kind, payload
+
+
+@contextmanager
+def _cluster_errors(kind: str, options: Options, start: str) -> Iterator[None]:
+    """Say in one line that there is no cluster, and how to start one."""
+    try:
+        yield
+    except (OSError, asyncio.TimeoutError, TypeError, ValueError, RuntimeError) as error:
+        where = options.get("address", "this machine")
+        raise click.ClickException(
+            f"prefect.yml: there is no {kind} cluster with workers at {where}: {error}. Start"
+            f" {start}, and give task_runner.address."
+        ) from error
+
+
 def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
     """Return a client of the Dask cluster that section task_runner names, or describes."""
-    try:
+    with _cluster_errors("Dask", options, "`dask scheduler` and `dask worker`"):
         if name := options.pop("cluster_class", None):
             module, _, class_name = name.rpartition(".")
             make = getattr(_import(module, module.partition(".")[0], name), class_name)
             options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
         client = stack.enter_context(distributed.Client(**{"timeout": 20} | options))
         client.wait_for_workers(1, timeout=20)
-    except (OSError, asyncio.TimeoutError, TypeError, ValueError) as error:
-        where = options.get("address", "this machine")
-        raise click.ClickException(
-            f"prefect.yml: there is no Dask cluster with workers at {where}: {error}. Start"
-            " `dask scheduler` and `dask worker`, and give task_runner.address."
-        ) from error
     return client
 
 
@@ -1872,7 +1897,7 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
     distributed = _import("distributed", "distributed", "task_runner.type dask")
     logging.getLogger("distributed").setLevel(logging.WARNING)
     run_in_child, end_children = _by_value(_run_in_child), _by_value(_end_children)
-    topic, said = f"kedro-{run}", cast("dict[str, queue.SimpleQueue[tuple[str, bytes]]]", {})
+    topic, said = f"kedro-{run}", cast("Any", defaultdict(queue.SimpleQueue))
 
     def work(job: Options) -> None:  # functions in functions are sent by value
         worker = importlib.import_module("distributed").get_worker()
@@ -1886,25 +1911,17 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
 
     def send(job: Options, resources: Options) -> _Messages:
         key = f"{job['node']}-{uuid.uuid4().hex}"
-        messages = said[key] = queue.SimpleQueue()
         future = client.submit(work, job, key=key, pure=False, resources=resources or None)
-        future.add_done_callback(lambda _: messages.put(("", b"")))
+        future.add_done_callback(lambda _: said[key].put(("", b"")))
         try:
-            kind = "print"
-            while kind:
-                with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
-                    kind, payload = messages.get(timeout=0.2)
-                    if kind:
-                        yield kind, payload
+            yield from _listen(said[key])
             future.result()  # raises what kept the node from being run
         finally:
             future.cancel()
-            del said[key]
 
     def hear(event: Any) -> None:
-        _, (key, kind, payload) = event
-        if key in said:
-            said[key].put((kind, payload))
+        _, (key, *message) = event
+        said[key].put(message)
 
     with ExitStack() as stack:
         client = _connect(distributed, options, stack)
@@ -1945,14 +1962,10 @@ def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
         finally:
             ray.cancel(stream, force=True)
 
-    try:  # if no address is given, not in the cluster that was started last on this machine
-        ray.init(**{"address": "local", "include_dashboard": False} | options)
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        where = options.get("address", "this machine")
-        raise click.ClickException(
-            f"prefect.yml: there is no Ray cluster at {where}: {error}. Start `ray start --head`,"
-            " and give task_runner.address."
-        ) from error
+    # If no address is given, not in the cluster that was started last on this machine.
+    options = {"address": "local", "include_dashboard": False} | options
+    with _cluster_errors("Ray", options, "`ray start --head`"):
+        ray.init(**options)
     remote = ray.remote(work)
     try:
         yield _Engine(int(ray.cluster_resources().get("CPU", 1)), send, ray.shutdown)
@@ -1960,12 +1973,9 @@ def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
         ray.shutdown()
 
 
-_ENGINES: Options = {
-    "threads": _start_threads,
-    "processes": _start_processes,
-    "dask": _start_dask,
-    "ray": _start_ray,
-}
+_ENGINES: Options = dict(
+    zip(_TASK_RUNNERS, (_start_threads, _start_processes, _start_dask, _start_ray), strict=True)
+)
 
 
 def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node) -> None:

@@ -23,6 +23,8 @@ with sync_playwright() as playwright:
                 page.get_by_text(what, exact=True).locator("visible=true").first.click()
             elif do == "press":
                 page.get_by_role("button", name=what).last.click()
+            elif do == "open menu":
+                page.locator("button[aria-haspopup=menu]").first.click()
             elif do == "see":
                 expect(page.get_by_text(what).locator("visible=true").first).to_be_visible()
             elif do == "see picture":

@@ -3,6 +3,9 @@
 import base64
 import json
 import re
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -153,6 +156,7 @@ def register_pipelines():
 @pytest.fixture
 def shown(project: Path) -> Path:
     """A project whose catalog asks for previews."""
+    pytest.importorskip("pandas")
     (project / "src/tiny/own.py").write_text(NODES)
     (project / "src/tiny/pipeline_registry.py").write_text(PIPELINE)
     with (project / "conf/base/catalog.yml").open("a") as catalog:
@@ -198,9 +202,13 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
 
 def test_artifacts_can_be_switched_off(project: Path, server: Server) -> None:
     (project / "conf/base/prefect.yml").write_text("artifacts: false\n")
-    before = len(server.post("/artifacts/filter", {}))
+
+    def keys() -> list[str]:
+        return [found["key"] for found in server.post("/artifacts/filter", {}) if found["key"]]
+
+    before = keys()
     assert register(project, server, "--run").returncode == 0
-    assert len(server.post("/artifacts/filter", {})) == before
+    assert keys() == before
 
 
 def test_the_description_has_the_drawing(project: Path, server: Server, pool: str) -> None:
@@ -209,3 +217,36 @@ def test_the_description_has_the_drawing(project: Path, server: Server, pool: st
     description = server.request("GET", f"/deployments/name/{name}")["description"]
     assert {"double", "scale", "add", "report"} <= boxes(picture(description)).keys()
     assert json.dumps(description).count("script") == 0
+
+
+def refuse_artifacts(near: socket.socket, port: int) -> None:
+    """Hand on what a client says to the server, but no new artifact."""
+
+    def hand_on(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if source is near and b"POST /api/artifacts/ " in data:
+                    near.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n")
+                    near.shutdown(socket.SHUT_RDWR)
+                    break
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    far = socket.create_connection(("127.0.0.1", port))
+    for pair in ((near, far), (far, near)):
+        threading.Thread(target=hand_on, args=pair, daemon=True).start()
+
+
+def test_a_server_that_refuses_artifacts_is_a_warning(project: Path, server: Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    refuse_artifacts(listener.accept()[0], server.port)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        done = register(project, server, "--run", env={"PREFECT_API_URL": url})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search("No account of this run in Prefect: .*403", done.stdout + done.stderr)

@@ -313,10 +313,12 @@ def plan_of(*nodes: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb", "_a_ <b> *c*", "[a](b)", "ä ö", "a\\|b"])
 def test_each_node_is_one_row_of_the_description(name: str) -> None:
-    nodes = [SimpleNamespace(name=name, inputs=[name, "second"], outputs=[name])]
-    plan = plan_of(node(len, "a", "b", name="any"))._replace(
-        pipeline=SimpleNamespace(grouped_nodes=[nodes])
-    )
+    class OddNode(SimpleNamespace):  # Kedro's own take fewer names, in some versions
+        __hash__ = object.__hash__
+
+    nodes = [OddNode(name=name, inputs=[name, "second"], outputs=[name])]
+    odd = SimpleNamespace(nodes=nodes, grouped_nodes=[nodes], node_dependencies={nodes[0]: set()})
+    plan = plan_of(node(len, "a", "b", name="any"))._replace(pipeline=odd)
     described = register_prefect_flow._describe(plan)
     [row] = [line for line in described.splitlines() if line.startswith("| 1 |")]
     unescaped = re.sub(r"\\.", "", row)  # what a backslash stands before is no markup

@@ -82,7 +82,6 @@ def test_a_run_does_what_kedro_run_does(tmp_path: Path, server: Server, engine: 
 
 TALKING = """
 import logging
-import sys
 
 
 def talk(numbers, me):
