@@ -2806,6 +2806,36 @@ def _interruptible(server: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def _terminal_progress(nodes: int) -> Iterator[None]:
+    """Show on a terminal, below the log lines, how many nodes have completed and which run."""
+    import rich.live
+
+    console = rich.get_console()  # that of Kedro's log handler
+    if not console.is_terminal:
+        yield
+        return
+
+    def line() -> str:
+        records = list(_latest[0].items())
+        done = sum(record.state == "completed" for _, record in records)
+        names = [name for name, r in records if r.start and not r.seconds and not r.error]
+        running = f"; running: {', '.join(names[:NAMES_SHOWN])}" if names else ""
+        return f"{done} of {nodes} nodes completed{running}"
+
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    handlers: set[Any] = {h for logger in loggers for h in logger.handlers if hasattr(h, "console")}
+    before = {handler: handler.console for handler in handlers}
+    for handler in handlers:  # Prefect's: what they write has to move the line as well
+        handler.console = console
+    try:
+        with rich.live.Live(get_renderable=line, console=console, transient=True):
+            yield
+    finally:
+        for handler, own in before.items():
+            handler.console = own
+
+
 def _print_seconds() -> None:
     """Print how long each node took, the slowest first."""
     records = sorted(_latest[0].items(), key=lambda item: item[1].seconds, reverse=True)
@@ -2824,6 +2854,7 @@ def _run_now(plan: _Plan) -> None:
     with (
         nullcontext() if has_server else _embedded_server() as server,
         _interruptible(server),
+        _terminal_progress(len(plan.pipeline.nodes)),
     ):
         with suppress(KeyboardInterrupt):
             state = my_flow(**plan.deployment.parameters, return_state=True)

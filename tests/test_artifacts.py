@@ -2,8 +2,12 @@
 
 import base64
 import json
+import os
+import pty
 import re
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -198,6 +202,31 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
     )
     assert "| table | CSVDataset data/table.csv |" in account.replace("CSVDataSet", "CSVDataset")
     assert re.search(r"\n +4\.\d s  wait  completed\n", done.stdout)
+
+
+def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: Server) -> None:
+    nodes = project / "src/tiny/nodes.py"
+    nodes.write_text(nodes.read_text().replace("return [2 *", "time.sleep(2)\n    return [2 *"))
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, project / "register_prefect_flow.py", "--run"],
+        env={**os.environ, **server.env, "TERM": "xterm", "COLUMNS": "200", "LINES": "50"},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    written = b""
+    with suppress(OSError):  # at its end
+        while part := os.read(screen, 65536):
+            written += part
+    os.close(screen)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    assert process.wait(timeout=60) == 0, text
+    assert re.search(r"\d of 4 nodes completed; running: [\w, ]*\bdouble\b", text)
+    for name in ("double", "scale", "add", "report"):
+        assert len(re.findall(rf"Completed node: {name}\b", text)) == 1
 
 
 def test_artifacts_can_be_switched_off(project: Path, server: Server) -> None:

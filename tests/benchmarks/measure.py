@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import pickle
 import resource
 import sys
 import time
@@ -23,6 +24,7 @@ PROJECT = Path(JOB["project"])
 os.chdir(PROJECT)
 sys.path.insert(0, str(PROJECT))
 
+import numpy as np  # noqa: E402
 import prefect  # noqa: E402
 from dags import SHAPES, WORKERS, best_schedule  # noqa: E402
 from kedro.framework.project import LOGGING  # noqa: E402
@@ -266,6 +268,56 @@ def busy(pipeline: str, rounds: int) -> Rounds:
         {"processes": run_ours(pipeline, env="processes"), "threads": run_ours(pipeline)}
         for _ in range(rounds)
     ]
+
+
+def resume(pipeline: str, rounds: int) -> Rounds:
+    """A run that fails late, its retry, and a run that does not fail; with checkpoints."""
+    from bench.pipeline_registry import failed
+
+    parameters = {**PARAMETERS, "pipeline_name": pipeline, "checkpoints": "data/checkpoints"}
+    found = []
+    for _ in range(rounds):
+        took: list[tuple[float, int]] = []
+
+        @flow(retries=1)
+        def any_flow(took: Any = took) -> None:
+            began()
+            try:
+                script.my_flow.fn(**parameters)
+            finally:
+                took.append((time.perf_counter() - entered[0], len(times)))
+
+        failed.clear()
+        assert any_flow(return_state=True).is_completed()
+        any_flow()
+        assert [nodes for _, nodes in took] == [90, 10, 100], took
+        found.append({"resumed": took[1][0], "whole": took[2][0]})
+    return found
+
+
+def checkpoint(pipeline: str, rounds: int) -> Rounds:
+    """Write and read an array of 200 MB: as a checkpoint, and with pickle alone."""
+    data = np.ones(25_000_000)
+    path = PROJECT / "data/array.pickle"
+
+    def ours() -> None:
+        made = script._Checkpoint("array", "any", str(path), {})
+        made.save(data)
+        made.load()
+
+    def plain() -> None:
+        with path.open("wb") as file:
+            pickle.dump(data, file, protocol=pickle.HIGHEST_PROTOCOL)
+        with path.open("rb") as file:
+            pickle.load(file)
+
+    def seconds(function: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    ours(), plain()
+    return [{"ours": seconds(ours), "pickle": seconds(plain)} for _ in range(3 * rounds)]
 
 
 def level(pipeline: str) -> float:

@@ -66,6 +66,19 @@ def hand_on(megabytes):
     return work
 
 
+failed = []
+
+
+def fail_once(work):
+    def once(*inputs):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("once")
+        return work(*inputs)
+
+    return once
+
+
 def make(name):
     shape, count, size = name.split("_")
     kind = size.lstrip("0123456789")
@@ -74,9 +87,9 @@ def make(name):
     elif kind == "busy":
         work = count_up(int(size[:-4]))
     else:
-        work = wait(int(size) / 1000)
+        work = wait(int(size.removesuffix("fail")) / 1000)
     return pipeline([
-        node(work, [f"{name}_{other}" for other in needed] or None, f"{name}_{number}",
+        node(fail_once(work) if (kind, number) == ("fail", 90) else work, [f"{name}_{other}" for other in needed] or None, f"{name}_{number}",
              name=f"node_{number}")
         for number, needed in SHAPES[shape](int(count)).items()
     ])

@@ -233,6 +233,18 @@ def busy(bench: Bench) -> Rows:
     yield row(what, "threads", 0.59, ratio(rounds, "processes", "threads"))
 
 
+def resume(bench: Bench) -> Rows:
+    rounds = bench.measure("resume", "chain_100_100fail", rounds=ROUNDS)
+    what = "resuming a run of 100 nodes that wait 100 ms, which failed at node 90"
+    yield row(what, "the whole run", 0.2, ratio(rounds, "resumed", "whole"))
+
+
+def checkpoint(bench: Bench) -> Rows:
+    rounds = bench.measure("checkpoint", "grid_100_0", rounds=ROUNDS)
+    what = "checkpoint of an array of 200 MB, written and read"
+    yield row(what, "pickle, written and read", 1.2, ratio(rounds, "ours", "pickle"))
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
     "overhead-100": lambda bench: overhead(bench, 100),
     "overhead-1000": lambda bench: overhead(bench, 1000),
@@ -244,6 +256,8 @@ MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
     "makespan-1000": lambda bench: makespan(bench, 1000, target=1.05),
     "recipe-1000": recipe,  # after makespan-1000, with which it is compared
     "growth": growth,
+    "resume": resume,
+    "checkpoint": checkpoint,
     "busy": busy,
     "processes": lambda bench: engine(bench, "processes"),
     "dask": lambda bench: engine(bench, "dask"),  # pip install prefect-dask
