@@ -2924,10 +2924,18 @@ _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; fo
 )  # fmt: skip
 
 
+def _parse_as_kedro(parse: Any, context: click.Context, option: Any, value: Any) -> Any:
+    try:
+        return parse(context, option, value) if parse else value
+    except kedro_cli.KedroCliError as error:  # which prints itself without its message
+        raise click.BadParameter(error.message) from None
+
+
 def _kedro_run_options(command: Any) -> Any:
     """Add the options of `kedro run` that become flow parameters."""
     for name, spelling, parse, form, about in reversed(_KEDRO_RUN_OPTIONS):
-        options: Options = {"callback": parse, "metavar": form, "help": about}
+        callback = functools.partial(_parse_as_kedro, parse)
+        options: Options = {"callback": callback, "metavar": form, "help": about}
         names = (name, *spelling.split())
         command = click.option(*names, default="", show_default=False, **options)(command)
     return command

@@ -1,0 +1,223 @@
+"""Bad input, a case a line: one message that names the value and the remedy, and no traceback."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import register
+from features_project import KEDRO
+
+pytestmark = pytest.mark.skipif(KEDRO < (1, 7), reason="messages of Kedro differ")
+RUN = ("--dry_run", "--run")
+YML = "conf/base/prefect.yml"
+REGISTRY = "src/tiny/pipeline_registry.py"
+
+
+class Case(NamedTuple):
+    arguments: tuple[str, ...]
+    files: dict[str, str | None]  # to write into the project; None: to remove
+    code: int
+    says: str  # a regular expression
+
+
+def usage(*arguments: str, says: str) -> Case:
+    return Case(arguments, {}, 2, says)
+
+
+def option(*arguments: str, says: str) -> Case:
+    return Case((*RUN, *arguments), {}, 1, says)
+
+
+def yml(text: str, says: str, *arguments: str) -> Case:
+    return Case(arguments or RUN, {YML: text}, 1, says)
+
+
+def deployment(text: str, says: str) -> Case:
+    """What is wrong with a deployment is said where that is registered."""
+    return yml(f"deployment: {{{text}}}", says, "--dry_run")
+
+
+def file(path: str, text: str | None, says: str) -> Case:
+    return Case(RUN, {path: text}, 1, says)
+
+
+def registry(body: str, says: str) -> Case:
+    head = "from kedro.pipeline import node, pipeline\n\n\ndef register_pipelines():\n    "
+    return file(REGISTRY, head + body + "\n", says)
+
+
+CASES = [
+    # Options that make no sense together, or by themselves.
+    usage("--envv", "base", says="No such option '?--envv"),
+    usage("--env", says="[Oo]ption '-e' requires an argument|'--env' requires an argument"),
+    usage("surplus", says=r"unexpected extra argument \(surplus\)"),
+    usage("--logging_level", "LOUD", says="'LOUD' is not one of 'DEBUG', 'INFO'"),
+    usage("--params", "a", says="(?s)a.*(key|=|:)"),
+    usage("--params", "=1", says="(?i)param"),
+    usage("--load-versions", "a", says="(?s)load-versions.*dataset_name:YYYY.*found a"),
+    usage("--run", "--serve", says="--run and --serve exclude each other"),
+    usage("--run", "--all_deployments", says="--run and --all_deployments exclude each other"),
+    usage("--serve", "--all_deployments", says="exclude each other"),
+    usage("--run", "--clean_checkpoints", says="exclude each other"),
+    usage("--all_deployments", "--deployment_name", "a", says="exclude each other"),
+    usage("--run", "--work_pool_name", "a", says="leave it out with --run"),
+    usage("--run", "--work_queue_name", "a", says="leave it out with --run"),
+    usage("--serve", "--work_pool_name", "a", says="leave it out with --serve"),
+    usage("--run", "--logging_level", "INFO", says="Set PREFECT_LOGGING_LEVEL instead"),
+    usage("--serve", "--logging_level", "INFO", says="Set PREFECT_LOGGING_LEVEL instead"),
+    *(
+        option("--deployment_name", name, says=rf"name '{name}' is refused.*another")
+        for name in ("", "a/b", "a%b", "a&b", "a<b", "a>b")
+    ),
+    # Options that name what is not there.
+    option("--pipeline", "nope", says="no pipeline 'nope'.* are: .*__default__"),
+    option("--pipeline", "brokn", says="Did you mean broken"),
+    option("--pipeline", "__default__,nope", says="no pipeline 'nope'"),
+    option("--pipeline", "", says="no pipeline ''"),
+    option("--env", "nope", says="'nope' has no folder .*environments are: base, local"),
+    option("--env", "lokal", says="Did you mean local"),
+    option("--env", "../conf", says=r"'\.\./conf'|no folder|outside"),
+    option("--conf-source", "nowhere", says="no configuration at .*nowhere"),
+    option("--tags", "nope", says="tags: 'nope'"),
+    option("--nodes", "nope", says="node_names: 'nope'.*are: .*double"),
+    option("--nodes", "doubl", says="Did you mean double"),
+    option("--from-nodes", "nope", says="from_nodes: 'nope'"),
+    option("--to-nodes", "nope", says="to_nodes: 'nope'"),
+    option("--from-inputs", "nope", says="from_inputs: 'nope'"),
+    option("--from-inputs", "numbrs", says="Did you mean numbers"),
+    option("--to-outputs", "nope", says="to_outputs: 'nope'"),
+    option("--namespace", "nope", says="namespaces: 'nope'"),
+    option("--nodes", "double", "--tags", "nope", says="tags: 'nope'"),
+    option("--load-versions", "nope:2020-01-01T00.00.00.000Z", says="nope"),
+    # prefect.yml: what a run reads of it.
+    yml("flow: [", "(?s)Loading prefect.yml failed.*prefect.yml"),
+    yml("- a", "(?s)prefect.yml"),
+    yml("flows: {retries: 1}", "no flows. Did you mean flow"),
+    yml("flow: {retry: 1}", "no flow.retry. Did you mean"),
+    yml("flow: {retries: many}", "flow.retries is 'many', and has to be of type int"),
+    yml("flow: {retries: true}", "flow.retries is True"),
+    yml("flow: {retry_delay_seconds: [1]}", r"flow.retry_delay_seconds is \[1\]"),
+    yml("flow: 3", "flow is 3, and has to be of type dict"),
+    yml("task_runner: threads", "task_runner is 'threads', and has to be of type dict"),
+    yml("task_runner: {type: proceses}", "'proceses'. Did you mean processes"),
+    yml("task_runner: {type: 3}", "task_runner.type is 3"),
+    yml("task_runner: {max_workers: 0}", "max_workers is 0, and has to be 1 or more"),
+    yml("task_runner: {max_workers: -2}", "max_workers is -2, and has to be 1 or more"),
+    yml("task_runner: {max_workers: two}", "max_workers is 'two'"),
+    yml("task_runner: {max_workers: 1.5}", "max_workers is 1.5"),
+    yml("task_runner: {max_worker: 1}", "no task_runner.max_worker. Did you mean max_workers"),
+    yml("task_runner: {is_async: 1}", "is_async is 1, and has to be of type bool"),
+    yml("task_runner: {resume: 'no'}", "resume is 'no', and has to be of type bool"),
+    yml("task_runner: {group_by: tag}", "group_by is 'tag', and there is no other than namespace"),
+    yml("task_runner: {group_by: 1}", "group_by is 1, and has to be of type str"),
+    yml("checkpoints: 1", "checkpoints is 1"),
+    yml("checkpoints: {uri: x}", "no checkpoints.uri. Did you mean url"),
+    yml("checkpoints: {url: 1}", "checkpoints.url is 1"),
+    yml("artifacts: maybe", "artifacts is 'maybe', and has to be of type bool"),
+    yml("artifact: true", "no artifact. Did you mean artifacts"),
+    yml("tasks: [a]", r"tasks is \['a'\]"),
+    yml("tasks: {double: 1}", "tasks.double is 1"),
+    yml("tasks: {doubl: {retries: 1}}", "'doubl', which is no node.*Did you mean double"),
+    yml("tasks: {'tag:nope': {retries: 1}}", "'tag:nope', which is no node"),
+    yml("tasks: {'namespace:nope': {retries: 1}}", "'namespace:nope', which is no node"),
+    yml("tasks: {double: {retry: 1}}", "no tasks.double.retry. Did you mean"),
+    yml("tasks: {double: {retries: a}}", "tasks.double.retries is 'a'"),
+    yml("tasks: {double: {retries: 1.5}}", "tasks.double.retries is 1.5"),
+    yml("tasks: {double: {timeout_seconds: soon}}", "timeout_seconds is 'soon'"),
+    yml("tasks: {double: {tags: gpu}}", "tags is 'gpu', and has to be of type list"),
+    yml("tasks: {double: {log_prints: 1}}", "log_prints is 1"),
+    yml("tasks: {double: {resources: {GPU: 1}}}", "resources are for Dask and Ray"),
+    yml("tasks: {double: {retry_delay_seconds: x}}", "retry_delay_seconds is 'x'"),
+    # prefect.yml: what describes deployments.
+    deployment("retries: 1", "no deployment.retries"),
+    deployment("entrypoint: a", "no deployment.entrypoint. This file sets it"),
+    deployment("build: []", "no deployment.build. This file sets it"),
+    deployment("push: []", "no deployment.push. This file sets it"),
+    deployment("pull: []", "no deployment.pull. This file sets it"),
+    deployment("cron: '0 2 * * *'", "no deployment.cron"),
+    deployment("tags: one", "deployment.tags is 'one'"),
+    deployment("paused: 'no'", "deployment.paused is 'no'"),
+    deployment("parameters: {pipeline: x}", "no deployment.parameters.pipeline. Did you mean"),
+    deployment("parameters: {tags: x}", "deployment.parameters.tags is 'x'"),
+    deployment("parameters: {env: 1}", "deployment.parameters.env is 1"),
+    deployment("parameters: {pipeline_name: nope}", "no pipeline 'nope'"),
+    deployment("parameters: {env: nope}", "'nope' has no folder"),
+    deployment("parameters: {tags: [nope]}", "tags: 'nope'"),
+    deployment("schedules: {cron: '@daily'}", r"deployment.schedules is \{'cron'"),
+    deployment("schedules: [{}]", r"schedules\[0\] has none, and not one of cron"),
+    deployment("schedules: [{cron: '@daily', interval: 1}]", r"has cron and interval, and not one"),
+    deployment("schedules: [{cron: every day}]", r"(?s)schedules\[0\].*every day"),
+    deployment("schedules: [{cron: '@daily', timezone: Mars}]", r"(?s)schedules\[0\].*Mars"),
+    deployment("schedules: [{interval: 0}]", r"(?s)schedules\[0\].*0"),
+    deployment("schedules: [{interval: often}]", r"schedules\[0\].interval is 'often'"),
+    deployment("schedules: [{rrule: never}]", r"(?s)schedules\[0\].*never"),
+    deployment("schedules: [{cron: '@daily', active: 1}]", r"schedules\[0\].active is 1"),
+    deployment("schedules: [{cron: '@daily', when: x}]", r"no deployment.schedules\[0\].when"),
+    deployment("concurrency_limit: 0", "concurrency_limit is 0, and has to be 1 or more"),
+    deployment("concurrency_limit: -1", "concurrency_limit is -1"),
+    deployment("concurrency_limit: {limit: 1, collision_strategy: FIGHT}", "(?s)FIGHT"),
+    deployment("concurrency_limit: {limits: 1}", "no deployment.concurrency_limit.limits"),
+    deployment("work_pool: my-pool", "work_pool is 'my-pool', and has to be of type dict"),
+    deployment("work_pool: {nam: x}", "no deployment.work_pool.nam. Did you mean name"),
+    deployment("work_pool: {job_variables: {env: a}}", "job_variables.env is 'a'"),
+    deployment("triggers: [{expect: 1}]", r"(?s)triggers\[0\]"),
+    deployment("triggers: never", "triggers is 'never'"),
+    deployment("source: ftp.example.org", "source is 'ftp.example.org', and not git"),
+    deployment("source: {branch: a}", "(?s)deployment.source"),
+    deployment("source: {repo: a}", "no deployment.source.repo"),
+    deployment("source: {repository: a, access_token: s3cret}", "put it into a block"),
+    deployment("source: git+https://example.org/a.git, path: /a", "one place only"),
+    yml("deployments: {name: a}", "deployments is {'name': 'a'}", "--dry_run"),
+    yml("deployments: [{tags: [a]}]", "name 'None' is refused", "--dry_run"),
+    yml("deployments: [{name: a/b}]", "name 'a/b' is refused", "--dry_run"),
+    yml("deployments: [{name: a}, {name: a}]", r"deployments\[1\] is a second 'a'", "--dry_run"),
+    yml("flow: {retries: 0}", "has none under deployments", "--all_deployments", "--dry_run"),
+    # Projects.
+    file("pyproject.toml", None, "(?s)as a Kedro project failed.*pyproject.toml"),
+    file("pyproject.toml", "[tool.kedro", "(?s)as a Kedro project failed"),
+    file("pyproject.toml", "[tool.other]\n", "(?s)as a Kedro project failed"),
+    file("src/tiny/settings.py", "HOOKS = (", "(?s)failed.*settings.py"),
+    file("src/tiny/settings.py", "import nope\n", "(?s)failed.*nope"),
+    file(REGISTRY, "import nope\n", "(?s)failed.*nope.*pipeline_registry.py, line 1"),
+    file(REGISTRY, "def register_pipelines():\n    return 1 / 0\n", "(?s)ZeroDivisionError.*line 2"),
+    file(REGISTRY, "", "(?s)pipeline_registry"),
+    registry("return {}", "no pipeline '__default__'"),
+    registry("return {'__default__': pipeline([])}", "'__default__' is empty"),
+    registry("return {'__default__': pipeline([node(len, 'a', 'b'), node(len, 'b', 'a')])}",
+             "(?s)failed.*[Cc]ircular"),
+    registry("return {'__default__': pipeline([node(len, 'a', 'c'), node(len, 'b', 'c')])}",
+             "(?s)failed.*c"),
+    registry("return {'__default__': pipeline([node(len, 'nope', 'c')])}",
+             "provides pipeline input nope.*Add it to conf/base"),
+    registry("return {'__default__': pipeline([node(len, 'params:nope', 'c')])}", "(?s)nope"),
+    file("conf/base/catalog.yml", "numbers: [", "(?s)catalog"),
+    file("conf/base/catalog.yml", "numbers: {filepath: a}", "(?s)numbers.*type"),
+    file("conf/base/catalog.yml", "numbers: {type: nope.Dataset}", "(?s)nope.Dataset"),
+    file("conf/base/catalog.yml", "numbers: {type: json.JSONDataset}", "(?s)'filepath'.*numbers"),
+    file("conf/base/catalog.yml", "numbers: {type: json.JSONDataset, filepath: a, b: 1}",
+         "(?s)'b'.*numbers"),
+    file("conf/base/catalog.yml",
+         "numbers: {type: json.JSONDataset, filepath: a, credentials: door}", "(?s)door"),
+    file("conf/base/catalog.yml", "numbers: {type: json.JSONDataset, filepath: '${oc.env:NOPE_}'}",
+         "(?s)oc.env.*numbers.filepath"),
+    file("conf/base/parameters.yml", "factor: [", "(?s)parameters"),
+    file("conf/base/parameters.yml", "pause: 0", "(?s)factor"),
+]  # fmt: skip
+
+
+def test_there_are_a_hundred() -> None:
+    assert len(CASES) >= 100
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.says.split())[:60])
+def test_it_is_one_message(project: Path, case: Case) -> None:
+    for name, text in case.files.items():
+        (project / name).unlink() if text is None else (project / name).write_text(text)
+    done = register(project, None, *case.arguments)
+    assert done.returncode == case.code, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, done.stderr
+    assert re.search(case.says, done.stderr), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
