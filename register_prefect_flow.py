@@ -2381,7 +2381,8 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
     log.info("Resuming session %s: %s nodes had completed", session_id, counts)
     for node in list(again)[:NAMES_SHOWN]:
         log.info("Runs again: %s (%s)", node.name, again[node])
-    names = [member.name for node in again for member in _members(node)]
+    ordered = [node for node in pipeline.nodes if node in again]
+    names = [member.name for node in ordered for member in _members(node)]
     return options | {"node_names": names, "run_id": session_id} if names else None
 
 
