@@ -1607,6 +1607,7 @@ def init_kedro_tasks_by_execution_layer(
 # back. Dask and Ray say which machine has room for a child.
 
 _Messages = Iterator[tuple[str, bytes]]
+_LAST = ("ended", "failed", "died")  # kinds of messages after which there is no other
 
 
 def _same_everywhere(metadata: ProjectMetadata) -> dict[str, str]:
@@ -1715,10 +1716,10 @@ def _be_child(jobs_in: int, messages_out: int) -> None:
         os._exit(1)  # at once, whatever a node is doing
 
     threading.Thread(target=listen, daemon=True).start()
-    raw = io.BufferedWriter(_Printed(say))
-    sys.stdout = io.TextIOWrapper(raw, line_buffering=True, errors="backslashreplace")
     while True:
         job = jobs.get()
+        raw = io.BufferedWriter(_Printed(say))  # the last node may have closed its own
+        sys.stdout = io.TextIOWrapper(raw, line_buffering=True, errors="backslashreplace")
         is_open, end = False, ("ended", b"")
         try:
             _runs[job["run"]] = run = _open_run(say, job["told"])
@@ -1730,7 +1731,8 @@ def _be_child(jobs_in: int, messages_out: int) -> None:
         if is_open:
             for name in (*run.nodes[job["node"]].inputs, *run.nodes[job["node"]].outputs):
                 run.catalog.release(name)
-        sys.stdout.flush()
+        with suppress(ValueError):  # it has been closed
+            sys.stdout.flush()
         say(*end)
 
 
@@ -1757,7 +1759,9 @@ class _Child:
         with suppress(Exception):  # its end may come in the middle of a message
             while True:
                 self.messages.put(pickle.load(self.process.stdout))
-        self.messages.put(("died", str(self.process.wait()).encode()))
+        code = self.process.wait()
+        why = " (killed, perhaps for lack of memory)" if code == -signal.SIGKILL else ""
+        self.messages.put(("died", f"with exit code {code}{why}".encode()))
 
     def end(self) -> None:
         """End it, and what it is doing."""
@@ -1805,7 +1809,7 @@ def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> 
         with suppress(OSError):  # it has died, and says so
             pickle.dump(job, child.process.stdin)
             child.process.stdin.flush()
-        while kind not in ("ended", "failed", "died"):
+        while kind not in _LAST:
             try:
                 kind, payload = child.messages.get(timeout=0.2)
             except queue.Empty:
@@ -1892,30 +1896,45 @@ def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
     return client
 
 
-@contextmanager
-def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
-    distributed = _import("distributed", "distributed", "task_runner.type dask")
-    logging.getLogger("distributed").setLevel(logging.WARNING)
-    run_in_child, end_children = _by_value(_run_in_child), _by_value(_end_children)
-    topic, said = f"kedro-{run}", cast("Any", defaultdict(queue.SimpleQueue))
+def _make_dask_task(topic: str) -> Callable[[Options], str]:
+    """Make the function that runs a node on a Dask worker; one in a function is sent by value."""
+    run_in_child = _by_value(_run_in_child)
 
-    def work(job: Options) -> None:  # functions in functions are sent by value
+    def work(job: Options) -> str:
         worker = importlib.import_module("distributed").get_worker()
-        tasks, key = worker.state.tasks, worker.get_current_task()
+        ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
+        tasks, key, kind = worker.state.tasks, worker.get_current_task(), ""
+        mark: Options = {"keys": [topic, key]}
+        if ask(worker.scheduler.get_metadata, default=False, **mark):
+            return kind  # Dask runs it again, because the worker that ran it is lost
+        ask(worker.scheduler.set_metadata, value=True, **mark)
 
         def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
             return key in tasks and tasks[key].state != "cancelled"
 
         for kind, payload in pickle.loads(run_in_child)(job, is_wanted):
             worker.log_event(topic, (key, kind, payload))  # which the scheduler passes on
+        return kind
+
+    return work
+
+
+@contextmanager
+def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
+    distributed = _import("distributed", "distributed", "task_runner.type dask")
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    topic, said = f"kedro-{run}", cast("Any", defaultdict(queue.SimpleQueue))
+    work, end_children = _make_dask_task(topic), _by_value(_end_children)
 
     def send(job: Options, resources: Options) -> _Messages:
-        key = f"{job['node']}-{uuid.uuid4().hex}"
+        key, kind = f"{job['node']}-{uuid.uuid4().hex}", ""
         future = client.submit(work, job, key=key, pure=False, resources=resources or None)
         future.add_done_callback(lambda _: said[key].put(("", b"")))
         try:
-            yield from _listen(said[key])
-            future.result()  # raises what kept the node from being run
+            for kind, payload in _listen(said[key]):
+                yield kind, payload
+            if future.result() != kind:  # it raises what kept the node from being run
+                raise RuntimeError(f"What node '{job['node']}' said last was lost on its way")
         finally:
             future.cancel()
 
@@ -1923,21 +1942,28 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
         _, (key, *message) = event
         said[key].put(message)
 
+    def hear_of_cluster(event: Any) -> None:  # which runs a lost worker's tasks again
+        _, about = event
+        if isinstance(about, dict) and about.get("action") == "remove-worker":
+            for key in said.keys() & {*about["processing-tasks"]}:
+                said[key].put(("died", b"with its Dask worker"))
+
+    def forget(dask_scheduler: Any) -> None:
+        dask_scheduler._broker._topics.pop(topic)
+        dask_scheduler.task_metadata.pop(topic, None)
+
     with ExitStack() as stack:
         client = _connect(distributed, options, stack)
         client.subscribe_topic(topic, hear)
+        client.subscribe_topic("all", hear_of_cluster)
 
         def stop() -> None:
             with suppress(Exception):  # there may be no cluster any more
                 client.run(lambda: pickle.loads(end_children)(run))
-                client.run_on_scheduler(
-                    lambda dask_scheduler: dask_scheduler._broker._topics.pop(topic)
-                )
+                client.run_on_scheduler(forget)
 
-        try:
-            yield _Engine(sum(client.nthreads().values()), send, stop)
-        finally:
-            stop()
+        stack.callback(stop)
+        yield _Engine(sum(client.nthreads().values()), send, stop)
 
 
 @contextmanager
@@ -1950,17 +1976,19 @@ def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
         yield from pickle.loads(run_in_child)(job)
 
     def send(job: Options, resources: Options) -> _Messages:
-        stream = remote.options(**resources, max_retries=0).remote(job)
+        stream, kind = remote.options(**resources, max_retries=0).remote(job), ""
         try:
             while True:
                 if ray.wait([stream], timeout=0.2)[0]:  # in steps, so that a timeout can interrupt
-                    yield ray.get(next(stream))
+                    kind, payload = ray.get(next(stream))
+                    yield kind, payload
         except StopIteration:
             return
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         finally:
-            ray.cancel(stream, force=True)
+            if kind not in _LAST:  # or the process is hit while it runs another node
+                ray.cancel(stream, force=True)
 
     # If no address is given, not in the cluster that was started last on this machine.
     options = {"address": "local", "include_dashboard": False} | options
@@ -1992,8 +2020,7 @@ def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node)
                 raise _unpack_error(payload)
             elif kind == "died":
                 raise RuntimeError(
-                    f"The process that ran node '{node.name}' died with exit code"
-                    f" {payload.decode()} (-9: killed, perhaps for lack of memory)"
+                    f"The process that ran node '{node.name}' died {payload.decode()}"
                 )
 
 
@@ -2360,7 +2387,8 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
     except Exception as error:
         log.warning("All nodes run again: the server does not say what has completed: %s", error)
         return options
-    runs.sort(key=lambda run: run.expected_start_time or run.created)
+    # By attempt first: clocks can be set back.
+    runs.sort(key=lambda run: (run.flow_run_run_count, run.expected_start_time or run.created))
     _, fingerprint, session_id, *_ = runs[-1].task_key.split("/") if runs else [""] * 3
     if fingerprint != runner._fingerprint:
         changed = "parameters or nodes are others than before" if runs else "none has been run"

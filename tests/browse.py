@@ -21,6 +21,10 @@ with sync_playwright() as playwright:
                 page.goto(f"{base}{what}")
             elif do == "click":
                 page.get_by_text(what, exact=True).locator("visible=true").first.click()
+            elif do == "start":  # a click that starts a flow run; leaving at once would undo it
+                with page.expect_response("**/create_flow_run") as answer:
+                    page.get_by_text(what, exact=True).locator("visible=true").first.click()
+                assert answer.value.ok, answer.value.status
             elif do == "press":
                 page.get_by_role("button", name=what).last.click()
             elif do == "open menu":

@@ -192,7 +192,7 @@ class Server:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         return self.post(f"/deployments/{found}/create_flow_run", body)["id"]
 
-    def await_idle_worker(self) -> None:
+    def await_idle_worker(self, worker: subprocess.Popen[bytes] | None = None) -> None:
         """Wait until the agent or worker has seen its flow runs' processes end.
 
         It may call a flow run crashed that is retried before.
@@ -200,7 +200,7 @@ class Server:
 
         def has_no_child() -> bool:
             parents = subprocess.run(["ps", "-A", "-o", "ppid="], capture_output=True, text=True)
-            return str(self.worker.pid) not in parents.stdout.split()
+            return str((worker or self.worker).pid) not in parents.stdout.split()
 
         eventually(has_no_child)
         time.sleep(2)  # for what it then tells the server

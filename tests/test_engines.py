@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -511,18 +511,17 @@ class Proxy:
             target.shutdown(socket.SHUT_WR)
 
 
-@pytest.fixture(scope="module")
-def dask_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+@contextmanager
+def dask_cluster(folder: Path) -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
     """A scheduler, and two workers that were started in folders of their own."""
-    folder = tmp_path_factory.mktemp("dask")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    commands: list[list[Any]] = [["scheduler", "--port", port, "--no-dashboard"]]
-    commands += [["worker", f"tcp://127.0.0.1:{port}", "--nthreads", 1, "--no-dashboard"]] * 2
+    scheduler: list[Any] = ["scheduler", "--port", port, "--no-dashboard"]
+    worker = ["worker", f"tcp://127.0.0.1:{port}", "--nthreads", 1, "--no-dashboard"]
     processes = []
-    for number, command in enumerate(commands):
-        place = folder / str(number)
+    for number, command in enumerate([scheduler, worker, worker]):
+        place = folder / f"dask-{number}"
         place.mkdir()
         with (place / "log.txt").open("w") as log:
             processes.append(
@@ -535,9 +534,16 @@ def dask_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
                     start_new_session=True,
                 )
             )
-    yield port
+    yield port, processes
     for process in reversed(processes):
         stop(process)
+
+
+@pytest.fixture(scope="module")
+def dask_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A cluster that serves several tests."""
+    with dask_cluster(tmp_path_factory.mktemp("dask")) as (port, _):
+        yield port
 
 
 def left_on(port: int) -> dict[str, Any]:
@@ -551,7 +557,9 @@ def left_on(port: int) -> dict[str, Any]:
             mine = [name for name in sys.modules if name.startswith(("tiny", "register_prefect"))]
             return mine, [key for key in kept if "-" not in key and len(key) == 32]
 
-        tasks = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+        tasks = client.run_on_scheduler(
+            lambda dask_scheduler: [*dask_scheduler.tasks, *dask_scheduler.task_metadata]
+        )
         return {"workers": client.run(look), "tasks": tasks}
 
 

@@ -1,0 +1,501 @@
+"""What goes wrong around a run and inside of nodes, each with its expected end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN, KEDRO_1, PREFECT_3, QUEUE, Server, eventually, run, stop
+from test_end_to_end import register_and_forget
+from test_engines import Proxy, children, dask_cluster, with_dask, write_config, write_pipeline
+from test_resuming import ALL, flaky, ran, retry, retry_by_itself  # noqa: F401
+
+pytestmark = pytest.mark.skipif(
+    not (PREFECT_3 and KEDRO_1), reason="other lanes have some of these in test_resuming.py"
+)
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+ELSEWHERE = [
+    pytest.param(name, marks=pytest.mark.skipif(not find_spec(package), reason="its lane has it"))
+    for name, package in (("processes", "sys"), ("dask", "distributed"))
+]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def flow_process(server: Server) -> int:
+    """The process of the flow run that goes on."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    pairs = [line.split() for line in found.splitlines()]
+    [pid] = [pid for pid, parent in pairs if parent == str(server.worker.pid)]
+    return int(pid)
+
+
+def hang(
+    server: Server, pool: str, project: Path, engine: str = "threads", more: str = ""
+) -> tuple[str, int]:
+    """Start a flow run, and wait until one node hangs, and all before it are recorded."""
+    (project / "hang").touch()
+    write_config(project, f"task_runner: {{type: {engine}}}\n{more}")
+    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky")
+    flow_run_id = server.start_run(deployment)
+    before = set(ALL) - {"flaky"}
+
+    def recorded() -> bool:
+        runs = server.task_runs(flow_run_id)
+        return before <= {name for name, run in runs.items() if run["state_name"] == "Completed"}
+
+    eventually((project / "pid.txt").exists)
+    eventually(recorded)
+    return flow_run_id, int((project / "pid.txt").read_text())
+
+
+def resume(server: Server, project: Path, flow_run_id: str) -> list[str]:
+    """Let the node succeed, retry the flow run, and return what has been run then."""
+    ran(project)
+    (project / "hang").unlink(missing_ok=True)
+    (project / "mended").touch()
+    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    return ran(project)
+
+
+def kill_flow(server: Server, flow_run_id: str) -> None:
+    os.kill(flow_process(server), signal.SIGKILL)
+
+
+def terminate_flow(server: Server, flow_run_id: str) -> None:
+    os.kill(flow_process(server), signal.SIGTERM)
+
+
+def cancel(server: Server, flow_run_id: str) -> None:
+    state = {"type": "CANCELLING"}
+    server.post(f"/flow_runs/{flow_run_id}/set_state", {"state": state})
+
+
+@pytest.mark.parametrize("engine", ELSEWHERE)
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [(kill_flow, "CRASHED"), (terminate_flow, "CRASHED"), (cancel, "CANCELLED")],
+)
+def test_a_run_that_is_ended_stops_its_nodes_at_once_and_can_be_resumed(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+    engine: str,
+    end: Callable[[Server, str], None],
+    state: str,
+) -> None:
+    flow_run_id, pid = hang(server, pool, flaky, engine)
+    end(server, flow_run_id)
+    eventually(lambda: is_gone(pid), seconds=20)
+    assert server.finished(flow_run_id)["state_type"] == state
+    eventually(lambda: not children(), seconds=5)
+    assert ran(flaky) == ALL, "no other node has started"
+    assert resume(server, flaky, flow_run_id) == ["flaky", "last"]
+
+
+def test_a_cancelled_run_in_threads_ends_within_prefects_patience(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+) -> None:
+    flow_run_id, pid = hang(server, pool, flaky)
+    cancel(server, flow_run_id)
+    assert server.finished(flow_run_id)["state_type"] == "CANCELLED"
+    assert is_gone(pid)
+    assert resume(server, flaky, flow_run_id) == ["flaky", "keep", "last"]
+
+
+def test_a_terminated_run_in_threads_starts_no_other_node(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+) -> None:
+    flow_run_id, _ = hang(server, pool, flaky)
+    (flaky / "mended").touch()
+    terminate_flow(server, flow_run_id)
+    time.sleep(1)
+    (flaky / "hang").unlink()
+    assert server.finished(flow_run_id)["state_type"] == "CRASHED"
+    assert ran(flaky) == ALL, "the node that ran has ended, and no other has started"
+    assert resume(server, flaky, flow_run_id) == ["last"], "and what it saved counts"
+
+
+@contextmanager
+def own_worker(
+    server: Server, folder: Path, name: str, env: dict[str, str] | None = None
+) -> Iterator[Callable[[], Any]]:
+    """Make a work pool, and yield what starts a worker for it."""
+    server.post("/work_pools/", {"name": name, "type": "process"})
+    server.prefect("work-queue", "create", "--pool", name, QUEUE, cwd=folder)
+    command = [BIN / "prefect", "worker", "start", "--pool", name, "--work-queue", QUEUE]
+    workers: list[Any] = []
+
+    def start() -> Any:
+        log = f"worker-{name}-{len(workers)}"
+        workers.append(server.start(command, log, folder, {**server.env, **(env or {})}))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        stop(worker)
+
+
+def test_a_worker_may_be_killed_and_started_again(
+    server: Server,
+    flaky: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with own_worker(server, tmp_path, "killed") as start:
+        worker = start()
+        flow_run_id, _ = hang(server, "killed", flaky)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        start()
+        time.sleep(5)
+        (flaky / "mended").touch()
+        (flaky / "hang").unlink()
+        assert server.finished(flow_run_id)["state_type"] == "COMPLETED"
+        assert ran(flaky) == sorted([*ALL, "last"]), "nothing has been run twice"
+
+
+BARE = """
+import time
+
+from prefect import flow, task
+
+
+@task
+def wait():
+    open("started", "w").close()
+    time.sleep(300)
+
+
+@flow
+def bare():
+    wait.submit().result()
+
+
+if __name__ == "__main__":
+    bare.from_source(".", "bare.py:bare").deploy("x", "terminated", work_queue_name="nightly")
+"""
+
+
+def test_a_terminated_worker_ends_its_runs_and_prefect_does_not_record_it(
+    server: Server,
+    flaky: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "bare.py").write_text(BARE)
+    with own_worker(server, tmp_path, "terminated") as start:
+        server.worker, before = start(), server.worker
+        flow_run_id, pid = hang(server, "terminated", flaky)
+        done = run(sys.executable, "bare.py", cwd=tmp_path, env=server.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        bare = server.start_run("bare/x")
+        eventually((tmp_path / "started").exists)
+        os.kill(server.worker.pid, signal.SIGTERM)
+        server.worker.wait(timeout=30)
+        eventually(lambda: is_gone(pid))
+        time.sleep(5)
+        for found in (bare, flow_run_id):
+            assert server.flow_run(found)["state_type"] == "RUNNING", "this is Prefect's own limit"
+        # What the UI's "Change state" does; then it can be retried.
+        crashed = {"state": {"type": "CRASHED"}, "force": True}
+        server.post(f"/flow_runs/{flow_run_id}/set_state", crashed)
+        server.worker = start()
+        assert resume(server, flaky, flow_run_id) == ["flaky", "keep", "last"]
+        server.worker = before
+
+
+@contextmanager
+def slow_and_lossy(port: int) -> Iterator[str]:
+    """What is said to a server comes half a second late; each 20th time the line is cut."""
+
+    class Lossy(Proxy):
+        count = 0
+        dropped = 0
+
+        def hand_on(self, source: socket.socket, target: socket.socket) -> None:
+            to_server = target.getpeername()[1] == port
+            try:
+                while data := source.recv(65536):
+                    if to_server:
+                        self.count += 1
+                        time.sleep(0.5)
+                        if self.count % 20 == 0:
+                            self.dropped += 1
+                            break
+                    target.sendall(data)
+            except OSError:
+                pass
+            for end in (source, target):
+                end.close()
+
+    proxy = Lossy(port)
+    yield f"http://127.0.0.1:{proxy.port}/api"
+    proxy.listener.close()
+    assert proxy.dropped >= 2, "else this test shows nothing"
+
+
+def test_a_slow_network_that_loses_requests_is_borne(server: Server, flaky: Path) -> None:  # noqa: F811
+    (flaky / "mended").touch()
+    with slow_and_lossy(server.port) as url:
+        command = [sys.executable, flaky / "register_prefect_flow.py", "--run", "-p", "flaky"]
+        process = server.start(command, "flow", flaky, {"PREFECT_API_URL": url})
+        code = process.wait(timeout=170)
+    assert code == 0, (server.folder / "flow.log").read_text()[-5000:]
+    assert ran(flaky) == sorted([*ALL, "last"])
+    [flow_run] = server.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    assert flow_run["state_type"] == "COMPLETED"
+
+
+MISBEHAVING = """
+import logging
+import logging.config
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+
+def forks(numbers):
+    if os.fork() == 0:
+        os._exit(7)
+    os.wait()
+    return 1
+
+
+def never_ends(numbers):
+    threading.Thread(target=lambda: time.sleep(1_000_000), daemon=True).start()
+    return 2
+
+
+def moves(numbers):
+    os.chdir("/")
+    sys.path.clear()
+    return 3
+
+
+def closes(numbers):
+    print("before it is closed")
+    sys.stdout.close()
+    return 4
+
+
+def replaces(numbers):
+    logging.config.dictConfig({"version": 1, "root": {"handlers": []}})
+    return 5
+
+
+def after(*numbers):
+    return sum(numbers)
+"""
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_a_node_that_misbehaves_spoils_neither_its_run_nor_the_next(
+    server: Server, pool: str, project: Path, engine: str
+) -> None:
+    names = ["forks", "never_ends", "moves", "closes", "replaces"]
+    nodes = ", ".join(f"node({name}, 'numbers', 'of_{name}', name='{name}')" for name in names)
+    inputs = [f"of_{name}" for name in names]
+    write_pipeline(project, MISBEHAVING, f"{nodes}, node(after, {inputs}, 'total', name='after')")
+    write_config(project, f"task_runner: {{type: {engine}, max_workers: 1}}")
+    deployment = register_and_forget(project, server, pool)
+    for _ in range(2):
+        flow_run = server.finished(server.start_run(deployment))
+        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+        assert json.loads((project / "data/total.json").read_text()) == 15
+        (project / "data/total.json").unlink()
+    eventually(lambda: not children())
+
+
+FULL = """
+import resource
+from pathlib import Path
+
+
+class Large:
+    def __init__(self):
+        self.text = "x" * 400_000
+
+
+def large(numbers):
+    if not Path("mended").exists():  # as on a full disk: writing fails half way
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    return Large()
+
+
+def reads(large):
+    return len(large.text)
+"""
+
+
+@pytest.mark.parametrize("what", ["data", "checkpoint"])
+def test_a_full_disk_fails_the_node_and_half_a_file_is_never_read(
+    server: Server, pool: str, project: Path, what: str
+) -> None:
+    entry = "{type: pickle.PickleDataset, filepath: data/large.pickle, versioned: true}"
+    if what == "data":
+        with (project / "conf/base/catalog.yml").open("a") as catalog:
+            catalog.write(f"\nlarge: {entry}\n")
+    nodes = (
+        "node(large, 'numbers', 'large', name='large'), node(reads, 'large', 'total', name='reads')"
+    )
+    write_pipeline(project, FULL, nodes)
+    write_config(project, f"task_runner: {{type: processes}}\ncheckpoints: {project / 'kept'}")
+    deployment = register_and_forget(project, server, pool)
+    flow_run_id = server.start_run(deployment)
+    flow_run = server.finished(flow_run_id)
+    assert flow_run["state_type"] == "FAILED"
+    assert "File too large" in flow_run["state"]["message"]
+    place = "DatasetError: large: " if what == "data" else f"kept/{flow_run_id}/large-"
+    assert place in flow_run["state"]["message"], "PickleDataset names itself, and no path"
+    assert not (project / "data/total.json").exists()
+    (project / "mended").touch()
+    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert json.loads((project / "data/total.json").read_text()) == 400_000
+
+
+PLANTED = """
+import os
+import pickle
+import sys
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, (sys.argv[2],)
+
+
+with open(sys.argv[1], "wb") as file:
+    pickle.dump(Planted(), file)
+"""
+
+
+def test_only_a_runs_own_checkpoints_are_unpickled(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+) -> None:
+    from test_resuming import fail
+
+    place = flaky / "kept"
+    write_config(flaky, f"checkpoints: {place}")
+    flow_run_id = fail(server, pool, flaky)
+    (flaky / "plant.py").write_text(PLANTED)
+    own = place / flow_run_id
+    [name] = [path.name for path in own.iterdir() if path.name.startswith("kept-")]
+    other = place / "00000000-0000-4000-8000-000000000000"
+    other.mkdir()
+    for path in (place / name, other / name, own / f"{name}.part", own / "more.pickle"):
+        run(sys.executable, "plant.py", path, flaky / "was read", cwd=flaky)
+    assert resume(server, flaky, flow_run_id) == ["flaky", "last"]
+    assert not (flaky / "was read").exists()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@with_dask
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_lost_dask_worker_fails_its_node_which_runs_again_as_retries_say(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+    tmp_path: Path,
+    retries: int,
+) -> None:
+    with dask_cluster(tmp_path) as (port, _):
+        runner = f"dask, address: 'tcp://127.0.0.1:{port}'"
+        tasks = f"tasks: {{flaky: {{retries: {retries}}}}}"
+        flow_run_id, pid = hang(server, pool, flaky, runner, tasks)
+        (flaky / "mended").touch()
+        os.kill(parent_of(pid), signal.SIGKILL)
+        eventually(lambda: is_gone(pid), seconds=5)
+        (flaky / "hang").unlink()
+        flow_run = server.finished(flow_run_id)
+        if retries:
+            assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+            assert ran(flaky) == sorted([*ALL, "flaky", "last"])
+        else:
+            assert "node 'flaky' died with its Dask worker" in flow_run["state"]["message"]
+            assert ran(flaky) == ALL
+            assert resume(server, flaky, flow_run_id) == ["flaky", "last"]
+
+
+@with_dask
+def test_a_lost_dask_scheduler_ends_the_run(
+    server: Server,
+    pool: str,
+    flaky: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with dask_cluster(tmp_path) as (port, processes):
+        runner = f"dask, address: 'tcp://127.0.0.1:{port}'"
+        flow_run_id, pid = hang(server, pool, flaky, runner)
+        os.kill(processes[0].pid, signal.SIGKILL)
+        assert server.finished(flow_run_id)["state_type"] == "FAILED"
+        assert ran(flaky) == ALL
+        eventually(lambda: is_gone(pid))
+
+
+# How many flow runs at once, and how many after each other; for the closing note 20 and 50.
+AT_ONCE, IN_A_ROW = (int(number) for number in os.environ.get("LOAD", "6 6").split())
+
+
+def test_many_runs_complete_and_leave_nothing_with_the_worker(
+    server: Server, project: Path, tmp_path: Path
+) -> None:
+    temporary, home = tmp_path / "temporary", tmp_path / "home"
+    temporary.mkdir()
+    env = {"TMPDIR": str(temporary), "PREFECT_HOME": str(home)}
+    with own_worker(server, tmp_path, "loaded", env) as start:
+        worker = start()
+        deployment = register_and_forget(project, server, "loaded")
+
+        def run_many(count: int, at_once: int) -> None:
+            for _ in range(count // at_once):
+                flow_runs = [server.start_run(deployment) for _ in range(at_once)]
+                for flow_run_id in flow_runs:
+                    flow_run = server.finished(flow_run_id)
+                    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+            server.await_idle_worker(worker)
+
+        def left() -> dict[str, int]:
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            return {
+                "open files": len(list(Path(f"/proc/{worker.pid}/fd").iterdir())),
+                "temporary files": len(list(temporary.rglob("*"))),
+                "stored files": len([p for p in home.rglob("*") if p.is_file()]),
+                "kB": int(re.search(r"VmRSS:\s+(\d+)", status)[1]),
+            }
+
+        run_many(AT_ONCE, at_once=AT_ONCE)
+        before = left()
+        run_many(IN_A_ROW, at_once=1)
+        after = left()
+        print("load", AT_ONCE, IN_A_ROW, before, after)
+        versions = list((project / "data/report.pickle").iterdir())
+        assert len(versions) == AT_ONCE + IN_A_ROW
+        assert after.pop("kB") < before.pop("kB") + 20_000
+        assert all(after[what] <= before[what] + 2 for what in before), (before, after)

@@ -1,0 +1,96 @@
+"""What nobody thought of: pipelines, parameters, settings and names that Hypothesis makes."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KEDRO_1, PREFECT_3, Server, copy_in
+from test_engines import calls, write_config
+from test_features import compare
+
+pytestmark = pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="does not depend on versions")
+
+PIPELINES = {"threads": 30, "processes": 5}
+
+
+def write_examples(path: Path, engine: str, with_failure: bool) -> tuple[Path, list[Any]]:
+    from random_project import draw, pipelines, write_random_project
+
+    examples = draw(pipelines(with_failure=with_failure), PIPELINES[engine])
+    return copy_in(write_random_project(path, examples)), examples
+
+
+def compare_from_the_start(
+    project: Path, server: Server, config: str, options: list[list[str]]
+) -> list[dict[str, Any]]:
+    """Compare as often as wanted: each time from the data that the project came with."""
+    write_config(project, f"artifacts: false\n{config}")
+    if (project / "start").exists():
+        shutil.rmtree(project / "data")
+        (project / "start").rename(project / "data")
+    return compare(project, server, options)
+
+
+def results(run_: dict[str, Any]) -> dict[str, str]:
+    """What nodes saved, without the notes of which have been run."""
+    notes = re.compile(r"data/(ran\.txt|failed_.*)")
+    return {name: text for name, text in run_["files"].items() if not notes.fullmatch(name)}
+
+
+def ran(run_: dict[str, Any]) -> list[str]:
+    return sorted(run_["files"].get("data/ran.txt", "").split())
+
+
+@pytest.mark.parametrize("engine", PIPELINES)
+def test_a_random_pipeline_does_what_kedro_run_does(
+    tmp_path: Path, server: Server, engine: str
+) -> None:
+    project, examples = write_examples(tmp_path / "project", engine, with_failure=False)
+    options = [
+        ["--pipeline", f"p{number}-never", *each["filter"]] for number, each in enumerate(examples)
+    ]
+    pairs = compare_from_the_start(project, server, f"task_runner: {{type: {engine}}}", options)
+    completed = 0
+    for example, pair in zip(examples, pairs, strict=True):
+        ours, kedros = pair["prefect"], pair["kedro"]
+        if kedros["error"]:  # a filter has cut off what nodes need
+            assert ours["error"], example
+            assert set(ran(kedros)) <= set(ran(ours)), "independent branches go on"
+            continue
+        completed += 1
+        assert ours["error"] is None, (example, ours["error"])
+        assert ran(ours) == ran(kedros), example
+        assert results(ours) == results(kedros), example
+        assert calls(ours) == calls(kedros), example
+    assert completed >= len(examples) / 2
+
+
+@pytest.mark.parametrize("engine", PIPELINES)
+def test_a_random_pipeline_that_failed_ends_as_if_it_had_not(
+    tmp_path: Path, server: Server, engine: str
+) -> None:
+    project, examples = write_examples(tmp_path / "project", engine, with_failure=True)
+    config = f"task_runner: {{type: {engine}}}"
+
+    def runs(fails: str, config: str) -> list[dict[str, Any]]:
+        options = [["--pipeline", f"p{number}-{fails}"] for number in range(len(examples))]
+        return compare_from_the_start(project, server, config, options)
+
+    failed, undisturbed = runs("always", config), runs("never", config)
+    retried = runs("once", f"{config}\nflow: {{retries: 1, retry_delay_seconds: 0}}")
+    for example, fails, never, once in zip(examples, failed, undisturbed, retried, strict=True):
+        ours, kedros = fails["prefect"], fails["kedro"]
+        assert ours["error"] == kedros["error"], example
+        assert "fails" in ours["error"], example
+        assert set(ran(kedros)) <= set(ran(ours)), "independent branches go on"
+        assert results(kedros).items() <= results(ours).items(), example
+        assert once["prefect"]["error"] is None, (example, once["prefect"]["error"])
+        assert results(once["prefect"]) == results(never["kedro"]), example
+        kinds = example["kinds"]
+        in_files = [
+            n["name"] for n in example["nodes"] if all(kinds[o] != "memory" for o in n["outputs"])
+        ]
+        again = [name for name in in_files if ran(once["prefect"]).count(name) > 1]
+        assert set(again) <= {n["name"] for n in example["nodes"] if n["fails"]}, example
