@@ -1470,6 +1470,7 @@ class _Run(NamedTuple):
     run_id: str | None
     fingerprint: str  # of the whole pipeline, and the options of the flow run
     records: defaultdict[str, _Record]  # by node name
+    kept: set[str]  # datasets that are not released
     elsewhere: Callable[[Node], None] | None = None  # has a node run in another process
     has_previews: bool = False
 
@@ -1672,7 +1673,8 @@ def _open_run(say: Callable[[str, bytes], None], told: str) -> _Run:
     _pin_versions(catalog, pipeline, job["session_id"])
     nodes, hooks = {node.name: node for node in grouped.nodes}, session._hook_manager
     records: defaultdict[str, _Record] = defaultdict(_Record)
-    return _Run(nodes, catalog, hooks, job["is_async"], job["session_id"], "", records)
+    run_id, kept = job["session_id"], grouped.inputs()
+    return _Run(nodes, catalog, hooks, job["is_async"], run_id, "", records, kept)
 
 
 def _pack_error(error: BaseException, with_object: bool) -> bytes:
@@ -1729,7 +1731,8 @@ def _be_child(jobs_in: int, messages_out: int) -> None:
         except BaseException as error:  # what opening raises may refer to credentials
             end = ("failed", _pack_error(error, with_object=is_open))
         if is_open:
-            for name in (*run.nodes[job["node"]].inputs, *run.nodes[job["node"]].outputs):
+            node = run.nodes[job["node"]]
+            for name in {*node.inputs, *node.outputs} - run.kept:
                 run.catalog.release(name)
         with suppress(ValueError):  # it has been closed
             sys.stdout.flush()
@@ -2198,8 +2201,8 @@ class PrefectRunner(SequentialRunner):
             nodes = {node.name: node for node in grouped.nodes}
             run = _Run(
                 nodes, catalog, hook_manager, self._is_async, run_id, self._fingerprint,
-                records=defaultdict(_Record), elsewhere=elsewhere if engine.send else None,
-                has_previews=self._has_artifacts,
+                records=defaultdict(_Record), kept=pipeline.inputs() | pipeline.outputs(),
+                elsewhere=elsewhere if engine.send else None, has_previews=self._has_artifacts,
             )  # fmt: skip
             for node, done in self._resumed.items():
                 seconds = done.total_run_time.total_seconds()
@@ -2262,7 +2265,6 @@ class PrefectRunner(SequentialRunner):
     def _follow(self, scheduler: _Scheduler, run: _Run, pipeline: Pipeline) -> None:
         """Do all that follows from a node's end, until all have ended."""
         load_counts = Counter(chain.from_iterable(node.inputs for node in run.nodes.values()))
-        kept = pipeline.inputs() | pipeline.outputs()
         done_nodes: list[Node] = []
         failed: list[tuple[Node, Any]] = []
         for node, future in scheduler:
@@ -2272,7 +2274,7 @@ class PrefectRunner(SequentialRunner):
             record.state = "not run" if state.name == "NotReady" else state.name.lower()
             if completed := state.is_completed():
                 load_counts.subtract(node.inputs)  # and release, as Kedro's own runners do
-                for name in {*node.inputs, *node.outputs} - kept:
+                for name in {*node.inputs, *node.outputs} - run.kept:
                     if load_counts[name] < 1:
                         run.catalog.release(name)
             scheduler.submit_ready()  # before anybody logs something
@@ -2401,7 +2403,7 @@ def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | 
     context._get_catalog = lambda **_: catalog
     pipeline = _group(_load_pipeline(options), runner._group_by)
     runner._share(catalog, pipeline)
-    run = _Run({}, catalog, None, False, session_id, fingerprint, defaultdict(_Record))
+    run = _Run({}, catalog, None, False, session_id, fingerprint, defaultdict(_Record), set())
     again = _find_what_runs_again(pipeline, run, last)
     runner._resumed = {node: last[node.name] for node in pipeline.nodes if node not in again}
     completed = sum(run.state.is_completed() for run in last.values())
