@@ -137,11 +137,9 @@ def _pipeline_names(options: Options) -> list[str]:
 
 def _filter_pipeline(pipeline: Pipeline, options: Options) -> Pipeline:
     filters = {name: options[name] for name in FILTERS}
-    namespaces = filters.pop("namespaces")
-    if _KEDRO_1:
-        return pipeline.filter(**filters, node_namespaces=namespaces)
-    filters["node_namespace"] = next(iter(namespaces), None)
-    return pipeline.filter(**filters)
+    spaces = filters.pop("namespaces")  # Kedro 1.0 brought the plural
+    own = {"node_namespaces": spaces} if _KEDRO_1 else {"node_namespace": next(iter(spaces), None)}
+    return pipeline.filter(**filters, **own)
 
 
 def _request_pipelines(names: list[str]) -> None:
@@ -184,7 +182,7 @@ def _run_session(session: Any, runner: SequentialRunner, options: Options) -> No
     arguments = options | {
         "tags": tuple(options["tags"]),
         "node_names": tuple(options["node_names"]),
-        "namespace": next(iter(options["namespaces"]), None),  # Kedro 1.0 brought the plural
+        "namespace": next(iter(options["namespaces"]), None),
         "pipeline_names": names,  # Kedro 1.2
         "pipeline_name": None if "pipeline_names" in accepted else next(iter(names), None),
     }
@@ -205,15 +203,13 @@ def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
     (catalog.__setitem__ if _KEDRO_1 else catalog.add)(name, dataset)
 
 
-# Kedro 0.18.12 renamed it.
-_Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("AbstractDataSet"))
-
-
 def _is_in_memory(dataset: Any | None) -> bool:
     old = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")  # 0.18 had no mark for it
     return dataset is None or bool(getattr(dataset, "_EPHEMERAL", old))
 
 
+# Kedro 0.18.12 renamed it.
+_Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("AbstractDataSet"))
 _actions: Any = importlib.import_module("prefect.client.schemas.actions")
 _make_schedule: Any = getattr(_actions, "DeploymentScheduleCreate", SimpleNamespace)
 _SEVERAL_SCHEDULES = _make_schedule is not SimpleNamespace  # since Prefect 2.16
@@ -222,8 +218,7 @@ _SEVERAL_SCHEDULES = _make_schedule is not SimpleNamespace  # since Prefect 2.16
 def _schedules(deployment: Any) -> list[Any]:
     """Return the schedules of a deployment on the server, where there is one."""
     if not _SEVERAL_SCHEDULES and getattr(deployment, "schedule", None):
-        active = deployment.is_schedule_active
-        return [SimpleNamespace(schedule=deployment.schedule, active=active)]
+        return [SimpleNamespace(schedule=deployment.schedule, active=deployment.is_schedule_active)]
     names = ("schedule", "active", "parameters", "slug")  # Prefect 3 brought the last two
     return [
         _make_schedule(**{name: getattr(found, name) for name in names if hasattr(found, name)})
@@ -288,9 +283,8 @@ if _PREFECT_3:
     async def _save_deployment(flow: Any, wanted: Any, existing: Any, for_agent: bool) -> Any:
         """Create or update a deployment; what is not set stays as it is on the server."""
         del for_agent  # Prefect 3 has none
-        fields = wanted.fields() | {
-            "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True)
-        }
+        schema = parameter_schema(flow).model_dump(exclude_unset=True)
+        fields = wanted.fields() | {"parameter_openapi_schema": schema}
         triggers = fields.pop("triggers")
         async with get_client() as client:
             if existing:
@@ -318,7 +312,6 @@ else:
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
-        """Yield a function that submits a task, given futures or runs, ended, of what it needs."""
         del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
         yield lambda task, needed: task.submit(
             wait_for=[other.state if isinstance(other, TaskRun) else other for other in needed]
