@@ -1471,6 +1471,7 @@ class _Run(NamedTuple):
 _runs: dict[str, _Run] = {}  # those that go on in this process
 _latest: list[dict[str, _Record]] = [{}]  # how it went in the run that was started last
 _started: Counter[str | None] = Counter()  # task runs, by flow run
+_accounts: list[threading.Thread] = []  # each of which sends one
 
 
 def _digest(*parts: Any) -> str:
@@ -2509,15 +2510,22 @@ def _describe_run(runner: PrefectRunner, error: BaseException | None) -> str:
 
 
 def _give_account(runner: PrefectRunner, error: BaseException | None) -> None:
-    """Show how it went with each node; what goes wrong with that is a warning."""
-    if runner._has_artifacts:
+    """Show how it went with each node; what goes wrong with that is a warning.
+
+    It is sent while Prefect records how the flow ends: a server that is busy takes its time.
+    """
+
+    def send() -> None:
         try:
-            artifact = _create_artifact(
-                "markdown", f"{_package_key()}-run", _describe_run(runner, error)
-            )
-            _call_api(artifact, SERVER_TIMEOUT)
+            text = _describe_run(runner, error)
+            _call_api(_create_artifact("markdown", f"{_package_key()}-run", text), SERVER_TIMEOUT)
         except Exception as problem:
-            get_run_logger().warning("No account of this run in Prefect: %r", problem)
+            logging.getLogger("kedro").warning("No account of this run in Prefect: %r", problem)
+
+    if runner._has_artifacts:
+        context = contextvars.copy_context()
+        _accounts.append(threading.Thread(target=context.run, args=(send,)))
+        _accounts[-1].start()
 
 
 # ---- Flow ----
@@ -2882,6 +2890,8 @@ def _run_now(plan: _Plan) -> None:
     ):
         with suppress(KeyboardInterrupt):
             state = my_flow(**plan.deployment.parameters, return_state=True)
+            for account in _accounts:  # before the server stops
+                account.join()
         if server and _started:
             # It stops with this process, and loses what it has not recorded.
             flow_run_id, expected = next(reversed(_started.items()))
