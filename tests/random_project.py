@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_project import write_tiny_project
@@ -140,3 +141,86 @@ def write_random_project(path: Path, examples: list[dict[str, Any]]) -> Path:
     (source / "functions.py").write_text(FUNCTIONS.replace("\\\\n", "\\n"))
     (source / "pipeline_registry.py").write_text(REGISTRY)
     return path
+
+
+# ---- What is read: prefect.yml, parameters and names ----
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
+KNOWN = st.sampled_from(
+    ["deployment", "deployments", "flow", "task_runner", "checkpoints", "artifacts", "tasks",
+     "retries", "type", "max_workers", "default", "double", "url", "name", "tags", "resources"]
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS | st.sampled_from(["threads", "processes", "dask", "${globals:x}", "${oc.env:PATH}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KNOWN | TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+CONFIGS = st.one_of(
+    st.dictionaries(KNOWN, VALUES, max_size=3).map(lambda found: yaml.safe_dump(found)),
+    st.dictionaries(KNOWN | TEXT, VALUES, max_size=4).map(lambda found: yaml.safe_dump(found)),
+    VALUES.map(lambda found: yaml.safe_dump(found)),
+    TEXT,
+)
+PARAMS = st.one_of(
+    st.lists(st.tuples(st.sampled_from(["factor", "model.depth", "a.b.c"]) | TEXT, TEXT), max_size=3)
+    .map(lambda pairs: ",".join(f"{key}={value}" for key, value in pairs)),
+    TEXT,
+)  # fmt: skip
+INPUTS = st.one_of(
+    CONFIGS.map(lambda text: [text, []]),
+    PARAMS.map(lambda text: ["", ["--params", text]]),
+    TEXT.map(lambda text: ["", ["--deployment_name", text]]),
+    TEXT.map(lambda text: ["", ["--pipeline", text]]),
+    TEXT.map(lambda text: ["", ["--nodes", text]]),
+    TEXT.map(lambda text: ["", ["--env", text]]),
+)  # fmt: skip
+
+NAMED = """\
+import json
+from pathlib import Path
+
+from kedro.pipeline import node, pipeline
+
+
+def count(numbers):
+    return len(numbers)
+
+
+def register_pipelines():
+    made = {}
+    names = json.loads(Path(__file__).with_name("names.json").read_text())
+    for number, (node_name, dataset, namespace) in enumerate(names):
+        made[f"p{number}"] = pipeline([
+            node(list, "numbers", dataset, name=node_name or None, namespace=namespace or None),
+            node(count, dataset, "total", name="count"),
+        ])
+    return {"__default__": made["p0"], **made}
+"""
+
+
+def accepted_by_kedro(names: tuple[str, str, str]) -> bool:
+    from kedro.pipeline import node, pipeline
+
+    node_name, dataset, namespace = names
+    try:
+        made = node(list, "numbers", dataset, name=node_name or None, namespace=namespace or None)
+        pipeline([made, node(len, dataset, "total", name="count")])
+    except Exception:  # noqa: BLE001
+        return False
+    return dataset not in ("numbers", "total")
+
+
+def write_named_project(path: Path, names: list[tuple[str, str, str]]) -> Path:
+    """Write a project with these names of nodes, datasets in memory, and namespaces."""
+    write_tiny_project(path)
+    (path / "src/tiny/names.json").write_text(json.dumps(names))
+    (path / "src/tiny/pipeline_registry.py").write_text(NAMED)
+    return path
+
+
+NAMES = st.tuples(
+    st.text(max_size=10) | st.from_regex(r"[\w.-]{1,10}", fullmatch=True),
+    st.text(min_size=1, max_size=12),
+    st.just("") | st.from_regex(r"[a-z.]{0,6}", fullmatch=True),
+)

@@ -21,13 +21,8 @@ from test_engines import Proxy, children, dask_cluster, with_dask, write_config,
 from test_resuming import ALL, flaky, ran, retry, retry_by_itself  # noqa: F401
 
 pytestmark = pytest.mark.skipif(
-    not (PREFECT_3 and KEDRO_1), reason="other lanes have some of these in test_resuming.py"
+    not (PREFECT_3 and KEDRO_1 and find_spec("distributed")), reason="its lane has it"
 )
-FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-ELSEWHERE = [
-    pytest.param(name, marks=pytest.mark.skipif(not find_spec(package), reason="its lane has it"))
-    for name, package in (("processes", "sys"), ("dask", "distributed"))
-]
 
 
 def is_gone(pid: int) -> bool:
@@ -86,10 +81,15 @@ def cancel(server: Server, flow_run_id: str) -> None:
     server.post(f"/flow_runs/{flow_run_id}/set_state", {"state": state})
 
 
-@pytest.mark.parametrize("engine", ELSEWHERE)
 @pytest.mark.parametrize(
-    ("end", "state"),
-    [(kill_flow, "CRASHED"), (terminate_flow, "CRASHED"), (cancel, "CANCELLED")],
+    ("engine", "end", "state"),
+    [
+        ("processes", kill_flow, "CRASHED"),
+        ("processes", terminate_flow, "CRASHED"),
+        ("processes", cancel, "CANCELLED"),
+        ("dask", kill_flow, "CRASHED"),
+        ("dask", cancel, "CANCELLED"),
+    ],
 )
 def test_a_run_that_is_ended_stops_its_nodes_at_once_and_can_be_resumed(
     server: Server,

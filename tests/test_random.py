@@ -1,17 +1,24 @@
 """What nobody thought of: pipelines, parameters, settings and names that Hypothesis makes."""
 
+import json
 import os
 import re
 import shutil
+import sys
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEDRO_1, PREFECT_3, Server, copy_in
+from conftest import KEDRO_1, PREFECT_3, Server, copy_in, run
 from test_engines import calls, write_config
 from test_features import compare
 
-pytestmark = pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="does not depend on versions")
+pytestmark = pytest.mark.skipif(
+    not (PREFECT_3 and KEDRO_1 and find_spec("hypothesis")), reason="its lane has it"
+)
+TESTS = Path(__file__).parent
 
 # How many examples; "60 10" takes a quarter of an hour.
 PIPELINES = dict(
@@ -98,3 +105,35 @@ def test_a_random_pipeline_that_failed_ends_as_if_it_had_not(
         ]
         again = [name for name in in_files if ran(once["prefect"]).count(name) > 1]
         assert set(again) <= {n["name"] for n in example["nodes"] if n["fails"]}, example
+
+
+def test_any_input_is_taken_or_refused_in_one_message(project: Path) -> None:
+    from random_project import INPUTS, draw
+
+    pairs = [
+        pair for pair in draw(INPUTS, 400) if "\0" not in "".join(pair[1])
+    ]  # no argument has it
+    (project / "pairs.json").write_text(json.dumps(pairs))
+    done = run(sys.executable, TESTS / "try_inputs.py", project / "pairs.json", cwd=project)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    found = json.loads((project / "inputs.json").read_text())
+    for pair, came in zip(pairs, found, strict=True):
+        assert "traceback" not in came, (pair, came["traceback"])
+        assert came.get("message", "something").strip(), pair
+    counts = Counter("message" if came else "taken" for came in found)
+    assert min(counts["message"], counts["taken"]) > 20, counts
+
+
+@pytest.mark.parametrize("engine", PIPELINES)
+def test_any_name_that_kedro_takes_is_taken(tmp_path: Path, server: Server, engine: str) -> None:
+    from random_project import NAMES, accepted_by_kedro, draw, write_named_project
+
+    names = [found for found in draw(NAMES, 150) if accepted_by_kedro(found)]
+    names = names[: 4 * PIPELINES[engine]]
+    project = copy_in(write_named_project(tmp_path / "project", names))
+    options = [["--pipeline", f"p{number}"] for number in range(len(names))]
+    pairs = compare_from_the_start(project, server, f"task_runner: {{type: {engine}}}", options)
+    for name, pair in zip(names, pairs, strict=True):
+        assert pair["prefect"]["error"] == pair["kedro"]["error"], name
+        assert pair["prefect"]["files"] == pair["kedro"]["files"], name
+    assert sum(pair["kedro"]["error"] is None for pair in pairs) > len(pairs) / 2
