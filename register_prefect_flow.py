@@ -2961,8 +2961,10 @@ _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; fo
 def _parse_as_kedro(parse: Any, context: click.Context, option: Any, value: Any) -> Any:
     try:
         return parse(context, option, value) if parse else value
-    except kedro_cli.KedroCliError as error:  # which prints itself without its message
-        raise click.BadParameter(error.message) from None
+    except click.UsageError:
+        raise
+    except Exception as error:  # Kedro's prints itself without its message
+        raise click.BadParameter(getattr(error, "message", str(error))) from None
 
 
 def _kedro_run_options(command: Any) -> Any:
