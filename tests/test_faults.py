@@ -459,7 +459,7 @@ def test_a_lost_dask_scheduler_ends_the_run(
         eventually(lambda: is_gone(pid))
 
 
-# How many flow runs at once, and how many after each other; for the closing note 20 and 50.
+# How many flow runs at once, and how many after each other; LOAD="20 50" takes half an hour.
 AT_ONCE, IN_A_ROW = (int(number) for number in os.environ.get("LOAD", "6 6").split())
 
 
