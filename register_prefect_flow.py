@@ -1888,7 +1888,9 @@ def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
             module, _, class_name = name.rpartition(".")
             make = getattr(_import(module, module.partition(".")[0], name), class_name)
             options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
-        client = stack.enter_context(distributed.Client(**{"timeout": 20} | options))
+        # The dashboard of a local cluster is for this machine only; Dask would open it to all.
+        defaults = {"timeout": 20, "dashboard_address": "127.0.0.1:0"}
+        client = stack.enter_context(distributed.Client(**defaults | options))
         client.wait_for_workers(1, timeout=20)
     return client
 
@@ -2543,6 +2545,9 @@ def kedro_init(options: Options) -> Any:
         _check_environment(options)
         nodes = _load_pipeline(options).nodes
         session = _open_session(options)
+        # Kedro names versions by the millisecond, in which another flow run may start as well.
+        digits = f"{uuid.UUID(str(runtime.flow_run.id)).int % 1000:03}Z"
+        _adopt_session_id(session, re.sub(r"(?<=\.\d{3})Z$", digits, session.session_id))
         config = _read_config(session, options)
     logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
     if config.flow:

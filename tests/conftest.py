@@ -332,7 +332,7 @@ def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 def written_files(project: Path) -> dict[str, bytes]:
     """Every file below data/, by its path, with save versions made alike."""
-    version = re.compile(r"\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\d\.\d{3}Z")
+    version = re.compile(r"\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\d\.\d{3,6}Z")
     data = project / "data"
     return {
         version.sub("VERSION", path.relative_to(data).as_posix()): path.read_bytes()

@@ -29,6 +29,7 @@ from conftest import (
     schedules_of,
     stop,
 )
+from test_end_to_end import assert_kept_nowhere
 from tiny_project import write_tiny_project
 
 needs_prefect_3 = pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 has none of it")
@@ -448,12 +449,14 @@ def test_a_private_repository_is_cloned_with_a_token_from_a_block(
         assert flow_run["state_type"] == "COMPLETED", log[-3000:]
         assert json.loads(total.read_text()) == 30
         assert TOKEN not in log
+        assert_kept_nowhere(server, [TOKEN])
 
 
 def test_what_stands_before_the_at_of_a_url_is_not_printed(
     project: Path, server: Server, registered: Any
 ) -> None:
-    url = f"https://user:{TOKEN}@example.org/forecast.git"
+    token = "t0k3n-in-a-url"
+    url = f"https://user:{token}@example.org/forecast.git"
     write(project, f"deployment: {{source: 'git+{url}@v1'}}\n")
     outputs = [register(project, server, "--run", "--dry_run", "--deployment_name", "a").stdout]
     assert "https://***@example.org/forecast.git@v1" in outputs[0]
@@ -464,7 +467,7 @@ def test_what_stands_before_the_at_of_a_url_is_not_printed(
     write(project, f"deployment: {{source: '{url}'}}\n")
     outputs.append(register(project, server, "--work_pool_name", "pool").stderr)
     assert "and not git+URL@ref" in outputs[-1]
-    assert not any(TOKEN in output for output in outputs)
+    assert not any(token in output for output in outputs)
 
 
 @needs_prefect_3

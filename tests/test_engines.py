@@ -57,7 +57,8 @@ def calls(run_: dict[str, Any]) -> list[str]:
 def children() -> list[str]:
     """The processes that run nodes."""
     found = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True)
-    lines = [line for line in found.stdout.splitlines() if "script._be_child" in line]
+    mine = f"{sys.executable} -c"  # and not those of another lane
+    lines = [line for line in found.stdout.splitlines() if mine in line and "_be_child" in line]
     return [line for line in lines if line.split()[1][0] != "Z"]
 
 
@@ -649,61 +650,77 @@ def test_resources_of_a_node_choose_its_worker(
         stop(worker)
 
 
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp"}
+
+
+@contextmanager
+def ray_cluster(server: Server, folder: Path, *cpus: int) -> Iterator[tuple[str, list[Any]]]:
+    """A Ray cluster of nodes with so many CPUs each; yields its address, and their processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes: list[Any] = []
+    try:
+        for number, count in enumerate(cpus):
+            first = ["--head", f"--port={port}", "--include-dashboard=false"]
+            place = [f"--address=127.0.0.1:{port}"] if number else first
+            command = [BIN / "ray", "start", *place, f"--num-cpus={count}", "--block"]
+            nodes.append(server.start(command, f"ray-{number}", folder, RAY))
+            log = server.folder / f"ray-{number}.log"
+            eventually(lambda log=log: "Ray runtime started" in log.read_text())
+        yield f"127.0.0.1:{port}", nodes
+    finally:
+        for node in reversed(nodes):
+            stop(node)
+
+
 @with_ray
 def test_a_ray_cluster_serves_one_run_after_the_other(
     tmp_path: Path, project: Path, server: Server
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp"}
-    start = ["start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    head = server.start([BIN / "ray", *start, "--block"], "ray", tmp_path, env)
-    try:
-        write_config(project, f"task_runner: {{type: ray, address: '127.0.0.1:{port}'}}")
-        eventually(lambda: "Ray runtime started" in (server.folder / "ray.log").read_text())
+    with ray_cluster(server, tmp_path, 2) as (address, _):
+        write_config(project, f"task_runner: {{type: ray, address: '{address}'}}")
         nodes = project / "src/tiny/nodes.py"
         for factor, total in (("2", 12 + 18), ("20", 120 + 18)):
             nodes.write_text(nodes.read_text().replace("2 * number", f"{factor} * number"))
-            done = register(project, server, "--run", env=env)
+            done = register(project, server, "--run", env=RAY)
             assert done.returncode == 0, done.stdout + done.stderr
             assert json.loads((project / "data/total.json").read_text()) == total
         eventually(lambda: not children())
-    finally:
-        stop(head)
 
 
-@with_s3
-def test_checkpoints_may_lie_on_s3(server: Server, pool: str, flaky: Path) -> None:  # noqa: F811
+@contextmanager
+def s3_bucket(project: Path) -> Iterator[Any]:
+    """A bucket for checkpoints, with credentials that `conf/local` has."""
+    import boto3
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     moto.start()
     try:
-        _, port = moto.get_host_and_port()
-        import boto3
-
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{moto.get_host_and_port()[1]}"
         keys = {"aws_access_key_id": "xyzzy4711", "aws_secret_access_key": "4711xyzzy"}
-        bucket = boto3.resource("s3", endpoint_url=url, region_name="us-east-1", **keys).Bucket(
-            "bucket"
-        )
+        s3 = boto3.resource("s3", endpoint_url=url, region_name="us-east-1", **keys)
+        bucket = s3.Bucket("bucket")
         bucket.create()
-        (flaky / "conf/local/credentials.yml").write_text(
+        (project / "conf/local/credentials.yml").write_text(
             "bucket: {key: xyzzy4711, secret: 4711xyzzy, client_kwargs:"
             f" {{endpoint_url: '{url}'}}}}\n"
         )
-        (flaky / "conf/local/parameters.yml").write_text("")
-        write_config(
-            flaky,
-            "task_runner: {type: processes}\n"
-            "checkpoints: {url: 's3://bucket/handed_on', credentials: bucket}",
-        )
+        (project / "conf/local/parameters.yml").write_text("")
+        place = "{url: 's3://bucket/handed_on', credentials: bucket}"
+        write_config(project, f"task_runner: {{type: processes}}\ncheckpoints: {place}")
+        yield bucket
+    finally:
+        moto.stop()
+
+
+@with_s3
+def test_checkpoints_may_lie_on_s3(server: Server, pool: str, flaky: Path) -> None:  # noqa: F811
+    with s3_bucket(flaky) as bucket:
         flow_run_id = fail(server, pool, flaky, "--env", "local")
         assert {key.key.split("/")[1] for key in bucket.objects.all()} == {flow_run_id}
         (flaky / "mended").touch()
         assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
         assert ran(flaky) == ["flaky", "last"]
         assert not list(bucket.objects.all())
-    finally:
-        moto.stop()

@@ -89,7 +89,9 @@ def compare(project: Path, server: Server, options: list[list[str]]) -> list[dic
     assert (project / "runs.json").exists(), done.stdout + done.stderr
     text = (project / "runs.json").read_text()
     # Save versions are those of the run.
-    return json.loads(re.sub(r"(?!2020|2021)\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\d\.\d{3}Z", "NOW", text))
+    return json.loads(
+        re.sub(r"(?!2020|2021)\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\d\.\d{3,6}Z", "NOW", text)
+    )
 
 
 @pytest.fixture(scope="module")
