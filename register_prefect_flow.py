@@ -1090,7 +1090,7 @@ def _draw(pipeline: Pipeline, states: dict[str, str]) -> str:
 
 def _picture(pipeline: Pipeline, states: dict[str, str]) -> str:
     """Return the drawing in Markdown; of a large pipeline, that of its namespaces."""
-    if len(pipeline.nodes) > NODES_DRAWN:
+    if len(pipeline.nodes) > NODES_DRAWN and any(node.namespace for node in pipeline.nodes):
         with suppress(AttributeError, click.ClickException):  # Kedro before 1.0; a cycle
             pipeline = _group(pipeline, "namespace")
     if len(pipeline.nodes) > NODES_DRAWN:
@@ -1888,32 +1888,31 @@ def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
             module, _, class_name = name.rpartition(".")
             make = getattr(_import(module, module.partition(".")[0], name), class_name)
             options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
-        # The dashboard of a local cluster is for this machine only; Dask would open it to all.
-        defaults = {"timeout": 20, "dashboard_address": "127.0.0.1:0"}
-        client = stack.enter_context(distributed.Client(**defaults | options))
+        local = {} if "address" in options else {"dashboard_address": "127.0.0.1:0"}  # not for all
+        client = distributed.Client(**{"timeout": 20} | local | options)
+        stack.enter_context(client)
         client.wait_for_workers(1, timeout=20)
     return client
 
 
-def _make_dask_task(topic: str) -> Callable[[Options], str]:
+def _make_dask_task(topic: str) -> Callable[[Options], None]:
     """Make the function that runs a node on a Dask worker; one in a function is sent by value."""
     run_in_child = _by_value(_run_in_child)
 
-    def work(job: Options) -> str:
+    def work(job: Options) -> None:
         worker = importlib.import_module("distributed").get_worker()
         ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
-        tasks, key, kind = worker.state.tasks, worker.get_current_task(), ""
+        tasks, key = worker.state.tasks, worker.get_current_task()
         mark: Options = {"keys": [topic, key]}
         if ask(worker.scheduler.get_metadata, default=False, **mark):
-            return kind  # Dask runs it again, because the worker that ran it is lost
+            return  # Dask runs it again, because the worker that ran it is lost
         ask(worker.scheduler.set_metadata, value=True, **mark)
 
         def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
             return key in tasks and tasks[key].state != "cancelled"
 
-        for kind, payload in pickle.loads(run_in_child)(job, is_wanted):
-            worker.log_event(topic, (key, kind, payload))  # which the scheduler passes on
-        return kind
+        for message in pickle.loads(run_in_child)(job, is_wanted):
+            worker.log_event(topic, (key, *message))  # which the scheduler passes on
 
     return work
 
@@ -1926,14 +1925,12 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
     work, end_children = _make_dask_task(topic), _by_value(_end_children)
 
     def send(job: Options, resources: Options) -> _Messages:
-        key, kind = f"{job['node']}-{uuid.uuid4().hex}", ""
+        key = f"{job['node']}-{uuid.uuid4().hex}"
         future = client.submit(work, job, key=key, pure=False, resources=resources or None)
         future.add_done_callback(lambda _: said[key].put(("", b"")))
         try:
-            for kind, payload in _listen(said[key]):
-                yield kind, payload
-            if future.result() != kind:  # it raises what kept the node from being run
-                raise RuntimeError(f"What node '{job['node']}' said last was lost on its way")
+            yield from _listen(said[key])
+            future.result()  # raises what kept the node from being run
         finally:
             future.cancel()
 
@@ -2008,6 +2005,7 @@ _ENGINES: Options = dict(
 def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node) -> None:
     """Run a node on an engine; what it prints and logs there, it prints and logs here."""
     resources = _task_options(node, tasks).get("resources", {})
+    kind = ""
     with closing(engine.send({**job, "node": node.name}, resources)) as messages:
         for kind, payload in messages:
             if kind == "print":
@@ -2021,6 +2019,8 @@ def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node)
                 raise RuntimeError(
                     f"The process that ran node '{node.name}' died {payload.decode()}"
                 )
+    if kind != "ended":
+        raise RuntimeError(f"What node '{node.name}' said last was lost on its way")
 
 
 # ---- PrefectRunner ----

@@ -689,6 +689,19 @@ def test_a_ray_cluster_serves_one_run_after_the_other(
         eventually(lambda: not children())
 
 
+def test_a_node_whose_end_is_not_heard_of_has_not_completed() -> None:
+    from kedro.pipeline import node
+
+    import register_prefect_flow as script
+
+    def send(job: Any, resources: Any) -> Iterator[tuple[str, bytes]]:
+        yield "print", b"the last that comes\n"
+
+    engine = script._Engine(1, send, lambda: None)
+    with pytest.raises(RuntimeError, match="What node 'a' said last was lost on its way"):
+        script._hand_over(engine, {}, {}, node(len, "x", "y", name="a"))
+
+
 @contextmanager
 def s3_bucket(project: Path) -> Iterator[Any]:
     """A bucket for checkpoints, with credentials that `conf/local` has."""

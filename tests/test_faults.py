@@ -66,7 +66,12 @@ def hang(
         runs = server.task_runs(flow_run_id)
         return before <= {name for name, run in runs.items() if run["state_name"] == "Completed"}
 
-    eventually((project / "pid.txt").exists)
+    def started() -> bool:
+        state = server.flow_run(flow_run_id)["state"]
+        assert state["type"] in ("SCHEDULED", "PENDING", "RUNNING"), state["message"]
+        return (project / "pid.txt").exists()
+
+    eventually(started)
     eventually(recorded)
     return flow_run_id, int((project / "pid.txt").read_text())
 
@@ -562,14 +567,15 @@ def test_a_clock_may_be_set_back_between_attempts(
     pool: str,
     flaky: Path,  # noqa: F811
 ) -> None:
-    flow_run_id = fail(server, pool, flaky)
+    own = ("--deployment_name", "past")  # for a deployment keeps its job variables
+    flow_run_id = fail(server, pool, flaky, *own)
     [version] = [path.name for path in (flaky / "data/saved.pickle").iterdir()]
     (flaky / "mended").touch()
     (flaky / "last_fails").touch()
     past = {"LD_PRELOAD": str(CLOCK), "FAKETIME": "-1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     deployment = {"work_pool": {"job_variables": {"env": past}}}
     write_config(flaky, json.dumps({"deployment": deployment}))
-    register_and_forget(flaky, server, pool, "--pipeline", "flaky")
+    register_and_forget(flaky, server, pool, "--pipeline", "flaky", *own)
     assert retry(server, flow_run_id)["state_type"] == "FAILED"
     assert ran(flaky) == ["flaky", "keep", "last"]
     runs = server.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run_id]}}})
@@ -624,7 +630,7 @@ def test_many_runs_complete_and_leave_nothing_with_the_worker(
                 flow_runs = [server.start_run(deployment) for _ in range(at_once)]
                 for flow_run_id in flow_runs:
                     flow_run = server.finished(flow_run_id)
-                    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+                    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
             server.await_idle_worker(worker)
 
         def left() -> dict[str, int]:

@@ -68,7 +68,8 @@ def test_secrets_are_kept_nowhere(
         start()
         (flaky / "hang").touch()
         write_config(flaky, CONFIG % engine)
-        deployment = register_and_forget(flaky, server, pool, "-p", "flaky", "--env", "local")
+        arguments = ("-p", "flaky", "--env", "local", "--deployment_name", pool)
+        deployment = register_and_forget(flaky, server, pool, *arguments)
         flow_run_id = server.start_run(deployment)
         eventually((flaky / "seen.txt").exists)
         assert (flaky / "seen.txt").read_text() == SECRETS[1] + SECRETS[2]
@@ -77,7 +78,8 @@ def test_secrets_are_kept_nowhere(
         assert stat.S_IMODE(own.stat().st_mode) == 0o700, "for the user alone"
         search()
         cancel(server, flow_run_id)
-        assert server.finished(flow_run_id)["state_type"] == "CANCELLED"
+        flow_run = server.finished(flow_run_id)
+        assert flow_run["state_type"] == "CANCELLED", flow_run["state"]["message"]
         search()
         (flaky / "hang").unlink()
         assert retry(server, flow_run_id)["state_type"] == "FAILED"
