@@ -68,6 +68,7 @@ FILTERS = (
 NAMES_SHOWN = 50  # in an error that lists what there is
 TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
 LOG_SHOWN = 100_000  # characters of a log line that Prefect shows and stores
+LINES_SENT = 200  # log lines in one message to Prefect
 PREVIEW_SHOWN = 1_000_000  # characters of a dataset's preview that Prefect shows and stores
 NODES_DRAWN = 300  # in a picture of the pipeline
 NAME_DRAWN = 22  # characters of a node's name
@@ -115,7 +116,13 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
 from prefect.logging.formatters import PrefectFormatter
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_BATCH_INTERVAL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    PREFECT_UI_URL,
+    temporary_settings,
+)
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.templating import resolve_block_document_references
 
@@ -1471,7 +1478,7 @@ class _Run(NamedTuple):
 _runs: dict[str, _Run] = {}  # those that go on in this process
 _latest: list[dict[str, _Record]] = [{}]  # how it went in the run that was started last
 _started: Counter[str | None] = Counter()  # task runs, by flow run
-_accounts: list[threading.Thread] = []  # each of which sends one
+_senders: list[threading.Thread] = []  # of log lines and accounts; some go on when a run has ended
 
 
 def _digest(*parts: Any) -> str:
@@ -2424,11 +2431,19 @@ async def _set_retries(flow_run: Any, retries: int = 0, retry_delay_seconds: int
 
 
 class _RunLogs(APILogHandler):
-    """Sends the log lines of a flow run to Prefect."""
+    """Sends the log lines of a flow run to Prefect, many at once.
 
-    def __init__(self, flow_run_id: Any) -> None:
+    Prefect's own service hands each line on between three threads, in 0.3 ms.
+    """
+
+    def __init__(self, flow_run_id: str) -> None:
         super().__init__()
-        self._flow_run_id = str(flow_run_id)
+        self.flow_run_id = flow_run_id
+        self._lines: list[Options] = []
+        self._ended = threading.Event()
+        context = contextvars.copy_context()
+        _senders.append(threading.Thread(target=context.run, args=(self._send_lines,)))
+        _senders[-1].start()
 
     def emit(self, record: logging.LogRecord) -> None:
         if context := cast("Any", TaskRunContext.get()):
@@ -2436,37 +2451,74 @@ class _RunLogs(APILogHandler):
         elif context := cast("Any", FlowRunContext.get()):
             flow_run_id = context.flow_run.id
         else:  # in a thread that a node has started
-            flow_run_id = record.flow_run_id = self._flow_run_id
-        if str(flow_run_id) == self._flow_run_id:
-            super().emit(record)
+            flow_run_id = record.flow_run_id = self.flow_run_id
+        if str(flow_run_id) == self.flow_run_id and getattr(record, "send_to_api", True):
+            try:
+                line = self.prepare(record)
+                line.pop("__payload_size__", None)  # a note of Prefect's service to itself
+                self._lines.append(line)
+            except Exception:
+                self.handleError(record)
+
+    async def _create_logs(self) -> None:
+        async with get_client() as client:
+            while lines := self._lines[:LINES_SENT]:
+                await client.create_logs(lines)
+                del self._lines[: len(lines)]
+
+    def _send_lines(self) -> None:
+        """Send what there is, time and again; what cannot be sent stays for the next time."""
+        problem, has_ended = None, False
+        while not has_ended:
+            has_ended = self._ended.wait(PREFECT_LOGGING_TO_API_BATCH_INTERVAL.value())
+            try:
+                _call_api(self._create_logs())
+            except Exception as error:
+                problem = error
+        if self._lines:
+            count = len(self._lines)
+            logging.getLogger("kedro").warning("%d log lines not in Prefect: %r", count, problem)
+
+    def close(self) -> None:
+        """Have what is left sent while Prefect records how the flow ends."""
+        self._ended.set()
+        super().close()
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)[:LOG_SHOWN]
         return text.encode(errors="backslashreplace").decode()
 
 
-def _is_sent(logger: logging.Logger | None) -> bool:
-    """Tell whether what a logger logs is sent to Prefect."""
+def _is_sent(logger: logging.Logger | None, flow_run_id: str) -> bool:
+    """Tell whether what a logger logs in a flow run is sent to Prefect."""
     if logger is None:
         return False
-    sends = any(isinstance(handler, APILogHandler) for handler in logger.handlers)
-    return sends or (logger.propagate and _is_sent(logger.parent))
+    sends = any(
+        isinstance(handler, APILogHandler)
+        and getattr(handler, "flow_run_id", flow_run_id) == flow_run_id  # another run's is not
+        for handler in logger.handlers
+    )
+    return sends or (logger.propagate and _is_sent(logger.parent, flow_run_id))
 
 
 @contextmanager
 def _logs_to_prefect() -> Iterator[None]:
     """Send what Kedro, the project and PREFECT_LOGGING_EXTRA_LOGGERS log, once."""
-    handler = _RunLogs(runtime.flow_run.id)
+    if not PREFECT_LOGGING_TO_API_ENABLED.value():
+        yield
+        return
+    handler = _RunLogs(str(runtime.flow_run.id))
     extra = prefect.settings.PREFECT_LOGGING_EXTRA_LOGGERS.value() or ()
     loggers = [logging.getLogger(name) for name in sorted({"kedro", _flow_name(), *extra})]
     for logger in loggers:  # those above others come first
-        if not _is_sent(logger):
+        if not _is_sent(logger, handler.flow_run_id):
             logger.addHandler(handler)
     try:
         yield
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+        handler.close()
 
 
 def _describe_run(runner: PrefectRunner, error: BaseException | None) -> str:
@@ -2526,8 +2578,8 @@ def _give_account(runner: PrefectRunner, error: BaseException | None) -> None:
 
     if runner._has_artifacts:
         context = contextvars.copy_context()
-        _accounts.append(threading.Thread(target=context.run, args=(send,)))
-        _accounts[-1].start()
+        _senders.append(threading.Thread(target=context.run, args=(send,)))
+        _senders[-1].start()
 
 
 # ---- Flow ----
@@ -2895,8 +2947,8 @@ def _run_now(plan: _Plan) -> None:
     ):
         with suppress(KeyboardInterrupt):
             state = my_flow(**plan.deployment.parameters, return_state=True)
-            for account in _accounts:  # before the server stops
-                account.join()
+        for sender in _senders:  # before the server stops
+            sender.join(SERVER_TIMEOUT)
         if server and _started:
             # It stops with this process, and loses what it has not recorded.
             flow_run_id, expected = next(reversed(_started.items()))

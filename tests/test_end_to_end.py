@@ -4,6 +4,8 @@ import base64
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import (
     KEDRO_OLD,
+    PREFECT_3,
     QUEUE,
     Server,
     copy_in,
@@ -142,6 +145,37 @@ def test_log_lines_are_shown_with_the_node_that_wrote_them(
 
 
 RUNNING = "Running node: report: report([total]) -> [report]"
+
+TWO_RUNS = """
+import threading
+import register_prefect_flow
+threads = [threading.Thread(target=register_prefect_flow.my_flow) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 cancels what runs beside a flow that ends")
+def test_of_runs_at_once_in_one_process_each_has_its_own_log_lines(
+    server: Server, project: Path
+) -> None:
+    (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 5\n")
+    earlier = {run["id"] for run in server.post("/flow_runs/filter", {})}
+    command = [sys.executable, "-c", TWO_RUNS]
+    done = subprocess.run(command, cwd=project, env=server.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = {run["id"] for run in server.post("/flow_runs/filter", {})} - earlier
+    assert len(runs) == 2
+    for run in runs:
+
+        def last_lines(run: str = run) -> list[str]:
+            query = {"logs": {"flow_run_id": {"any_": [run]}}}
+            messages = [log["message"] for log in server.post("/logs/filter", query)]
+            return [text for text in messages if text == "Completed 4 out of 4 tasks"]
+
+        assert len(eventually(last_lines)) == 1
 
 
 def test_two_runs_at_once_both_succeed(server: Server, pool: str, project: Path) -> None:

@@ -554,6 +554,10 @@ def test_a_server_may_be_away_for_minutes_in_mid_run(
         assert flow_run["state_type"] == "COMPLETED"
         states = dict.fromkeys(["kedro_init", *ALL, "last"], "Completed")
         away.await_states(flow_run["id"], states)
+        query = {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}}
+        lines = [log["message"] for log in away.post("/logs/filter", query)]
+        completed = [line for line in lines if line.startswith("Completed node:")]
+        assert len(completed) == len(states) - 1, "what was logged meanwhile is not lost"
     finally:
         stop(away.process)
 
