@@ -2696,7 +2696,10 @@ async def _ask_server() -> None:
     async with get_client() as client:
         if error := await client.api_healthcheck():
             raise error
-        await client.read_flows(limit=1)  # anybody may ask for its health, but not for this
+        try:
+            await client.read_flows(limit=1)  # anybody may ask for its health, but not for this
+        except ValueError as error:
+            raise OSError("what answers is not Prefect's API, whose URL ends in /api") from error
 
 
 def _reach_server() -> None:

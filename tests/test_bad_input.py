@@ -1,11 +1,18 @@
 """Bad input, a case a line: one message that names the value and the remedy, and no traceback."""
 
+import json
 import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
-from conftest import register
+from conftest import Server, register
 from features_project import KEDRO
 
 pytestmark = pytest.mark.skipif(KEDRO < (1, 7), reason="messages of Kedro differ")
@@ -221,3 +228,90 @@ def test_it_is_one_message(project: Path, case: Case) -> None:
     assert re.search(case.says, done.stderr), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "s3cret" not in done.stdout + done.stderr
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server that answers everything in the same way."""
+
+    status, body = 500, b""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(type(self).status)
+        self.send_header("Content-Length", str(len(type(self).body)))
+        self.end_headers()
+        self.wfile.write(type(self).body)
+
+    do_GET = do_POST = do_PATCH = answer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def odd_server() -> Iterator[SimpleNamespace]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/api")
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (400, b"why", "the server answered 400 Bad Request. why"),
+        (401, b"", "401 Unauthorized.*Set PREFECT_API_AUTH_STRING"),
+        (403, b"", "403 Forbidden.*Set PREFECT_API_AUTH_STRING"),
+        (404, b"no such page", "404 Not Found"),
+        (422, b"wrong", "422 Unprocessable"),
+        (500, b"broken", "500 Internal Server Error.*broken"),
+        (501, b"", "501 Not Implemented"),
+        (200, b"<html>a web page", "what answers is not Prefect's API, whose URL ends in /api"),
+        (200, b"{}", "what answers is not Prefect's API, whose URL ends in /api"),
+        (200, b"\xff\x00", "what answers is not Prefect's API, whose URL ends in /api"),
+    ],
+)
+def test_what_a_server_answers_is_one_message(
+    project: Path, odd_server: Any, status: int, body: bytes, says: str
+) -> None:
+    Answers.status, Answers.body = status, body
+    done = register(project, odd_server, "--work_pool_name", "any")
+    assert done.returncode == 1
+    assert len(re.findall("^Error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
+    assert re.search(says, done.stderr), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+PARAMETERS: list[tuple[dict[str, Any], str]] = [  # of a flow run, as somebody fills in the form
+    ({"pipeline_name": "brokn"}, "no pipeline 'brokn'. Did you mean broken"),
+    ({"pipeline_name": ""}, "no pipeline ''"),
+    ({"env": "lokal"}, "'lokal' has no folder.* Did you mean local"),
+    ({"conf_source": "nowhere"}, "no configuration at .*nowhere"),
+    ({"tags": ["nope"]}, "tags: 'nope'"),
+    ({"node_names": ["doubl"]}, "node_names: 'doubl'.* Did you mean double"),
+    ({"from_nodes": ["nope"]}, "from_nodes: 'nope'"),
+    ({"from_inputs": ["numbrs"]}, "Did you mean numbers"),
+    ({"namespaces": ["nope"]}, "namespaces: 'nope'"),
+    ({"load_versions": {"nope": "2020-01-01T00.00.00.000Z"}}, "nope"),
+    ({"tags": "nope"}, "(?s)tags.*valid list"),
+    ({"runtime_params": "factor=2"}, "(?s)runtime_params.*valid dict"),
+    ({"checkpoints": "nope://x"}, "nope"),
+]
+TRY = """
+import json, sys
+from register_prefect_flow import my_flow
+print(json.dumps([str(my_flow(**each, return_state=True).message) for each in json.load(sys.stdin)]))
+"""
+
+
+def test_parameters_of_a_flow_run_are_refused_in_its_state(project: Path, server: Server) -> None:
+    tried = json.dumps([parameters for parameters, _ in PARAMETERS])
+    done = subprocess.run(
+        [sys.executable, "-c", TRY], input=tried, cwd=project, env=server.env,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = json.loads(done.stdout.splitlines()[-1])
+    for (parameters, says), message in zip(PARAMETERS, messages, strict=True):
+        assert re.search(says, message), (parameters, message)
+    assert not list(project.glob("data/*.pickle")), "nothing has been run"

@@ -175,6 +175,14 @@ def leaves(numbers):
     sys.exit(4)
 
 
+def grows(numbers):
+    raise MemoryError("no room")
+
+
+def interrupts(numbers):
+    raise KeyboardInterrupt
+
+
 def dies_once(numbers):
     path = Path("died.txt")
     if not path.exists():
@@ -199,6 +207,7 @@ FAILURES = {
     "locked": "RuntimeError: Locked: it holds a lock",
     "ends": "RuntimeError: The process that ran node 'ends' died with exit code 3",
     "leaves": "RuntimeError: Node 'leaves' called sys.exit(4)",
+    "grows": "MemoryError: no room",
 }
 
 
@@ -217,6 +226,19 @@ def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engi
             assert re.search(rf'own.py", line \d+, in {name}\b', output), "its own traceback"
     for name in ("dies_once", "fine"):
         assert f"Completed node: {name}\n" in output
+    eventually(lambda: not children())
+
+
+@pytest.mark.parametrize("engine", ["threads", *ENGINES])
+def test_a_node_that_is_interrupted_ends_the_run(
+    project: Path, server: Server, engine: str
+) -> None:
+    nodes = "node(interrupts, 'numbers', 'a', name='interrupts'), node(fine, 'a', 'b', name='fine')"
+    write_pipeline(project, FAILING, nodes)
+    write_config(project, f"task_runner: {{type: {engine}}}")
+    done = register(project, server, "--run")
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "Completed node" not in done.stdout + done.stderr
     eventually(lambda: not children())
 
 

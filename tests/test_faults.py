@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, KEDRO_1, PREFECT_3, QUEUE, Server, eventually, run, stop
+from conftest import BIN, KEDRO_1, PREFECT_3, QUEUE, Server, eventually, register, run, stop
 from test_end_to_end import register_and_forget
 from test_engines import (
     RAY,
@@ -392,6 +392,25 @@ def test_a_full_disk_fails_the_node_and_half_a_file_is_never_read(
     (project / "mended").touch()
     assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
     assert json.loads((project / "data/total.json").read_text()) == 400_000
+
+
+LOGGING = """
+version: 1
+disable_existing_loggers: False
+handlers:
+  full: {class: logging.FileHandler, filename: /dev/full}
+root: {handlers: [full]}
+"""
+
+
+def test_a_full_disk_for_log_files_ends_no_run(flaky: Path, server: Server) -> None:  # noqa: F811
+    (flaky / "conf/logging.yml").write_text(LOGGING)
+    (flaky / "mended").touch()
+    env = {"KEDRO_LOGGING_CONFIG": str(flaky / "conf/logging.yml")}
+    done = register(flaky, server, "--run", "-p", "flaky", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stderr
+    assert ran(flaky) == sorted([*ALL, "last"])
 
 
 @with_s3
