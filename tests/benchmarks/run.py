@@ -208,15 +208,26 @@ def register(bench: Bench) -> Rows:
               ratio(rounds, "ours", "load"))  # fmt: skip
 
 
-def level(bench: Bench) -> Rows:
-    def seconds(name: str) -> float:
-        env = {"PREFECT_LOGGING_LEVEL": name}
-        return bench.measure("level", "grid_100_0", env=env)
+def compare_settings(bench: Bench, setting: str, ours: str, reference: str) -> dict[str, Any]:
+    """Compare runs of 100 nodes that do nothing, with one and another value of a setting."""
+    rounds = [
+        {
+            value: bench.measure("level", "grid_100_0", env={setting: value})
+            for value in (ours, reference)
+        }
+        for _ in range(ROUNDS)
+    ]
+    return ratio(rounds, ours, reference)
 
-    rounds = [{name: seconds(name) for name in ("INFO", "DEBUG")} for _ in range(ROUNDS)]
-    yield row(
-        "100 nodes that do nothing, at DEBUG", "at INFO", None, ratio(rounds, "DEBUG", "INFO")
-    )
+
+def level(bench: Bench) -> Rows:
+    found = compare_settings(bench, "PREFECT_LOGGING_LEVEL", "DEBUG", "INFO")
+    yield row("100 nodes that do nothing, at DEBUG", "at INFO", None, found)
+
+
+def log_lines(bench: Bench) -> Rows:
+    found = compare_settings(bench, "PREFECT_LOGGING_TO_API_ENABLED", "true", "false")
+    yield row("100 nodes that do nothing, with log lines in Prefect", "without", 1.1, found)
 
 
 def engine(bench: Bench, name: str) -> Rows:
@@ -253,6 +264,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
     "register": register,
     "memory": memory,
     "level": level,
+    "log-lines": log_lines,
     "makespan-1000": lambda bench: makespan(bench, 1000, target=1.05),
     "recipe-1000": recipe,  # after makespan-1000, with which it is compared
     "growth": growth,
