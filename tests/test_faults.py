@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -546,29 +548,24 @@ def test_a_lost_ray_node_fails_its_node(
         assert ran(flaky) == ALL
 
 
-@pytest.mark.parametrize("seconds", [20, 120])
-def test_a_server_may_be_away_for_minutes_in_mid_run(
-    flaky: Path,  # noqa: F811
-    tmp_path: Path,
-    seconds: int,
-) -> None:
+def run_without_server(project: Path, seconds: int) -> None:
     for name in ("hang", "mended", "last_hangs"):
-        (flaky / name).touch()
-    away = Server(tmp_path)
+        (project / name).touch()
+    away = Server(project.parent)
     try:
         eventually(away.is_up)
-        command = [sys.executable, flaky / "register_prefect_flow.py", "--run", "-p", "flaky"]
-        process = away.start(command, "flow", flaky, away.env)
-        eventually(lambda: (flaky / "pid.txt").exists() and (flaky / "data/side.json").exists())
+        command = [sys.executable, project / "register_prefect_flow.py", "--run", "-p", "flaky"]
+        process = away.start(command, "flow", project, away.env)
+        eventually(lambda: (project / "pid.txt").exists() and (project / "data/side.json").exists())
         stop(away.process)
         time.sleep(seconds / 2)
-        (flaky / "hang").unlink()  # one node ends and another one starts without a server
+        (project / "hang").unlink()  # one node ends and another one starts without a server
         time.sleep(seconds / 2)
         away.start_server()
         eventually(away.is_up)
-        (flaky / "last_hangs").unlink()
+        (project / "last_hangs").unlink()
         assert process.wait(timeout=120) == 0, (away.folder / "flow.log").read_text()[-5000:]
-        assert ran(flaky) == sorted([*ALL, "last"]), "nothing has been run twice"
+        assert ran(project) == sorted([*ALL, "last"]), "nothing has been run twice"
         [flow_run] = away.post("/flow_runs/filter", {})
         assert flow_run["state_type"] == "COMPLETED"
         states = dict.fromkeys(["kedro_init", *ALL, "last"], "Completed")
@@ -579,6 +576,14 @@ def test_a_server_may_be_away_for_minutes_in_mid_run(
         assert len(completed) == len(states) - 1, "what was logged meanwhile is not lost"
     finally:
         stop(away.process)
+
+
+def test_a_server_may_be_away_for_minutes_in_mid_run(
+    flaky: Path,  # noqa: F811
+) -> None:
+    both = [flaky, shutil.copytree(flaky, flaky.parent / "second" / "project")]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(run_without_server, both, [20, 120]))
 
 
 CLOCK = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
