@@ -112,7 +112,7 @@ from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, runtime, task
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
 from prefect.logging.formatters import PrefectFormatter
 from prefect.logging.handlers import APILogHandler
@@ -2440,6 +2440,7 @@ class _RunLogs(APILogHandler):
         super().__init__()
         self.flow_run_id = flow_run_id
         self._lines: list[Options] = []
+        self._lost, self._problem = 0, cast("Exception | None", None)
         self._ended = threading.Event()
         context = contextvars.copy_context()
         _senders.append(threading.Thread(target=context.run, args=(self._send_lines,)))
@@ -2463,21 +2464,24 @@ class _RunLogs(APILogHandler):
     async def _create_logs(self) -> None:
         async with get_client() as client:
             while lines := self._lines[:LINES_SENT]:
-                await client.create_logs(lines)
+                try:
+                    await client.create_logs(lines)
+                except PrefectHTTPStatusError as error:  # they would be refused again
+                    self._lost, self._problem = self._lost + len(lines), error
                 del self._lines[: len(lines)]
 
     def _send_lines(self) -> None:
-        """Send what there is, time and again; what cannot be sent stays for the next time."""
-        problem, has_ended = None, False
+        """Send what there is, time and again; without a server it stays for the next time."""
+        has_ended = False
         while not has_ended:
             has_ended = self._ended.wait(PREFECT_LOGGING_TO_API_BATCH_INTERVAL.value())
             try:
                 _call_api(self._create_logs())
             except Exception as error:
-                problem = error
-        if self._lines:
-            count = len(self._lines)
-            logging.getLogger("kedro").warning("%d log lines not in Prefect: %r", count, problem)
+                self._problem = error
+        if lost := self._lost + len(self._lines):
+            log = logging.getLogger("kedro")
+            log.warning("%d log lines are not in Prefect: %r", lost, self._problem)
 
     def close(self) -> None:
         """Have what is left sent while Prefect records how the flow ends."""
@@ -2507,9 +2511,9 @@ def _logs_to_prefect() -> Iterator[None]:
     if not PREFECT_LOGGING_TO_API_ENABLED.value():
         yield
         return
-    handler = _RunLogs(str(runtime.flow_run.id))
     extra = prefect.settings.PREFECT_LOGGING_EXTRA_LOGGERS.value() or ()
     loggers = [logging.getLogger(name) for name in sorted({"kedro", _flow_name(), *extra})]
+    handler = _RunLogs(str(runtime.flow_run.id))
     for logger in loggers:  # those above others come first
         if not _is_sent(logger, handler.flow_run_id):
             logger.addHandler(handler)

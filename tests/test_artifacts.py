@@ -248,13 +248,16 @@ def test_the_description_has_the_drawing(project: Path, server: Server, pool: st
     assert json.dumps(description).count("script") == 0
 
 
-def refuse_artifacts(near: socket.socket, port: int) -> None:
-    """Hand on what a client says to the server, but no new artifact."""
+REFUSED = re.compile(b"POST /api/(artifacts|logs)/ ")
+
+
+def refuse(near: socket.socket, port: int) -> None:
+    """Hand on what a client says to the server, but no new artifact and no log lines."""
 
     def hand_on(source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                if source is near and b"POST /api/artifacts/ " in data:
+                if source is near and REFUSED.search(data):
                     near.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n")
                     near.shutdown(socket.SHUT_RDWR)
                     break
@@ -266,16 +269,20 @@ def refuse_artifacts(near: socket.socket, port: int) -> None:
         threading.Thread(target=hand_on, args=pair, daemon=True).start()
 
 
-def test_a_server_that_refuses_artifacts_is_a_warning(project: Path, server: Server) -> None:
+def test_a_server_that_refuses_artifacts_and_log_lines_is_a_warning(
+    project: Path, server: Server
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             with suppress(OSError):
                 while True:
-                    refuse_artifacts(listener.accept()[0], server.port)
+                    refuse(listener.accept()[0], server.port)
 
         threading.Thread(target=serve, daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         done = register(project, server, "--run", env={"PREFECT_API_URL": url})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search("No account of this run in Prefect: .*403", done.stdout + done.stderr)
+    output = done.stdout + done.stderr
+    assert re.search("No account of this run in Prefect: .*403", output)
+    assert re.search(r"\d\d log lines are not in Prefect: .*403", output)
