@@ -1,6 +1,7 @@
 """The whole way, as a user goes it: server, pool, agent or worker, registration, runs."""
 
 import base64
+import functools
 import json
 import os
 import re
@@ -178,12 +179,18 @@ def test_of_runs_at_once_in_one_process_each_has_its_own_log_lines(
         assert len(eventually(last_lines)) == 1
 
 
-def test_two_runs_at_once_both_succeed(server: Server, pool: str, project: Path) -> None:
+def test_runs_of_two_deployments_at_once_both_succeed(
+    server: Server, pool: str, project: Path
+) -> None:
     (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 8\n")
-    deployment = register_and_forget(project, server, pool)
+    deployments = [
+        register_and_forget(project, server, pool, "--deployment_name", name)
+        for name in ("example", "other")
+    ]
+    assert len(set(deployments)) == 2
     with ThreadPoolExecutor() as threads:
-        triggers = [threads.submit(server.trigger, deployment, cwd=project) for _ in range(2)]
-        flow_runs = [trigger.result() for trigger in triggers]
+        trigger = functools.partial(server.trigger, cwd=project)
+        flow_runs = list(threads.map(trigger, deployments))
     runs = [server.finished(flow_run) for flow_run in flow_runs]
     assert [run["state_type"] for run in runs] == ["COMPLETED", "COMPLETED"]
     last_start, first_end = (
