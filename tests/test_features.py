@@ -85,7 +85,8 @@ def compare(project: Path, server: Server, options: list[list[str]]) -> list[dic
     """Run the project by `kedro run` and by the script, with each list of options."""
     arguments = [["--env", "base", *each] if "--env" not in each else each for each in options]
     script = TESTS / "compare_runs.py"
-    done = run(sys.executable, script, json.dumps(arguments), cwd=project, env=server.env)
+    command = (sys.executable, script, json.dumps(arguments))
+    done = run(*command, cwd=project, env=server.env, timeout=1200)  # there may be many
     assert (project / "runs.json").exists(), done.stdout + done.stderr
     text = (project / "runs.json").read_text()
     # Save versions are those of the run.
