@@ -116,13 +116,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH, load_logging_config
 from prefect.logging.formatters import PrefectFormatter
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_LOGGING_TO_API_BATCH_INTERVAL,
-    PREFECT_LOGGING_TO_API_ENABLED,
-    PREFECT_UI_URL,
-    temporary_settings,
-)
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.templating import resolve_block_document_references
 
@@ -452,6 +446,13 @@ def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None)
     with ThreadPoolExecutor(max_workers=1) as thread:
         call = asyncio.wait_for(coroutine, timeout)
         return thread.submit(contextvars.copy_context().run, asyncio.run, call).result()
+
+
+def _start_beside(function: Callable[[], None]) -> threading.Thread:
+    """Start a thread that belongs to the flow run and the task run of this one."""
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(function,))
+    thread.start()
+    return thread
 
 
 # ---- Project: environment, pipeline, catalog ----
@@ -2064,14 +2065,13 @@ def _show_progress(run: _Run, is_wanted: bool) -> Iterator[None]:
         except Exception as error:
             logging.getLogger("kedro").warning("No progress of this run in Prefect: %r", error)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(show,))
-    if is_wanted and _PREFECT_3:  # Prefect 2 has no such artifacts
-        thread.start()
+    # Prefect 2 has no such artifacts.
+    thread = _start_beside(show) if is_wanted and _PREFECT_3 else None
     try:
         yield
     finally:
         ended.set()
-        if thread.is_alive():
+        if thread:
             thread.join()
 
 
@@ -2440,11 +2440,10 @@ class _RunLogs(APILogHandler):
         super().__init__()
         self.flow_run_id = flow_run_id
         self._lines: list[Options] = []
-        self._lost, self._problem = 0, cast("Exception | None", None)
+        self._lost = 0
+        self._problem: Exception | None = None
         self._ended = threading.Event()
-        context = contextvars.copy_context()
-        _senders.append(threading.Thread(target=context.run, args=(self._send_lines,)))
-        _senders[-1].start()
+        _senders.append(_start_beside(self._send_lines))
 
     def emit(self, record: logging.LogRecord) -> None:
         if context := cast("Any", TaskRunContext.get()):
@@ -2463,7 +2462,9 @@ class _RunLogs(APILogHandler):
 
     async def _create_logs(self) -> None:
         async with get_client() as client:
-            while lines := self._lines[:LINES_SENT]:
+            # What there is now: sending may be logged as well.
+            for _ in range(0, len(self._lines), LINES_SENT):
+                lines = self._lines[:LINES_SENT]
                 try:
                     await client.create_logs(lines)
                 except PrefectHTTPStatusError as error:  # they would be refused again
@@ -2472,9 +2473,9 @@ class _RunLogs(APILogHandler):
 
     def _send_lines(self) -> None:
         """Send what there is, time and again; without a server it stays for the next time."""
-        has_ended = False
+        interval, has_ended = prefect.settings.PREFECT_LOGGING_TO_API_BATCH_INTERVAL.value(), False
         while not has_ended:
-            has_ended = self._ended.wait(PREFECT_LOGGING_TO_API_BATCH_INTERVAL.value())
+            has_ended = self._ended.wait(interval)
             try:
                 _call_api(self._create_logs())
             except Exception as error:
@@ -2508,7 +2509,7 @@ def _is_sent(logger: logging.Logger | None, flow_run_id: str) -> bool:
 @contextmanager
 def _logs_to_prefect() -> Iterator[None]:
     """Send what Kedro, the project and PREFECT_LOGGING_EXTRA_LOGGERS log, once."""
-    if not PREFECT_LOGGING_TO_API_ENABLED.value():
+    if not prefect.settings.PREFECT_LOGGING_TO_API_ENABLED.value():
         yield
         return
     extra = prefect.settings.PREFECT_LOGGING_EXTRA_LOGGERS.value() or ()
@@ -2581,9 +2582,7 @@ def _give_account(runner: PrefectRunner, error: BaseException | None) -> None:
             logging.getLogger("kedro").warning("No account of this run in Prefect: %r", problem)
 
     if runner._has_artifacts:
-        context = contextvars.copy_context()
-        _senders.append(threading.Thread(target=context.run, args=(send,)))
-        _senders[-1].start()
+        _senders.append(_start_beside(send))
 
 
 # ---- Flow ----

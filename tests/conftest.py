@@ -165,6 +165,11 @@ class Server:
         # and on Prefect 2 what was not run.
         return {re.sub(r"-\w{1,3}$", "", run["name"]): run for run in runs}
 
+    def logs(self, flow_run_id: str) -> list[dict[str, Any]]:
+        """The log lines of a flow run and its task runs, in the order of their times."""
+        logs = {"flow_run_id": {"any_": [flow_run_id]}}
+        return self.post("/logs/filter", {"logs": logs, "sort": "TIMESTAMP_ASC"})
+
     def await_states(self, flow_run_id: str, expected: dict[str, str]) -> None:
         """Wait until the task runs are in these states; Prefect 3 records them late."""
         states: dict[str, str] = {}

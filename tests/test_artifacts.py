@@ -8,8 +8,7 @@ import re
 import socket
 import subprocess
 import sys
-import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -18,6 +17,7 @@ import pytest
 from conftest import PREFECT_3, Server, register
 from features_project import KEDRO
 from kedro.pipeline import node, pipeline
+from test_engines import Proxy
 
 import register_prefect_flow as script
 
@@ -251,36 +251,27 @@ def test_the_description_has_the_drawing(project: Path, server: Server, pool: st
 REFUSED = re.compile(b"POST /api/(artifacts|logs)/ ")
 
 
-def refuse(near: socket.socket, port: int) -> None:
-    """Hand on what a client says to the server, but no new artifact and no log lines."""
+class Refusing(Proxy):
+    """Hands on what a client says to the server, but no new artifact and no log lines."""
 
-    def hand_on(source: socket.socket, target: socket.socket) -> None:
+    def hand_on(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
+            to_server = target.getpeername()[1] == self.target
             while data := source.recv(65536):
-                if source is near and REFUSED.search(data):
-                    near.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n")
-                    near.shutdown(socket.SHUT_RDWR)
+                if to_server and REFUSED.search(data):
+                    source.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n")
+                    source.shutdown(socket.SHUT_RDWR)
                     break
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
-
-    far = socket.create_connection(("127.0.0.1", port))
-    for pair in ((near, far), (far, near)):
-        threading.Thread(target=hand_on, args=pair, daemon=True).start()
 
 
 def test_a_server_that_refuses_artifacts_and_log_lines_is_a_warning(
     project: Path, server: Server
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    refuse(listener.accept()[0], server.port)
-
-        threading.Thread(target=serve, daemon=True).start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    proxy = Refusing(server.port)
+    with closing(proxy.listener):
+        url = f"http://127.0.0.1:{proxy.port}/api"
         done = register(project, server, "--run", env={"PREFECT_API_URL": url})
     assert done.returncode == 0, done.stdout + done.stderr
     output = done.stdout + done.stderr

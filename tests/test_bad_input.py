@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Server, register
+from conftest import Server, register, run
 from features_project import KEDRO
 
 pytestmark = pytest.mark.skipif(KEDRO < (1, 7), reason="messages of Kedro differ")
@@ -217,16 +217,20 @@ def test_there_are_a_hundred() -> None:
     assert len(CASES) >= 100
 
 
+def assert_one_message(done: subprocess.CompletedProcess[str], code: int, says: str) -> None:
+    assert done.returncode == code, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, done.stderr
+    assert re.search(says, done.stderr), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.says.split())[:60])
 def test_it_is_one_message(project: Path, case: Case) -> None:
     for name, text in case.files.items():
         (project / name).unlink() if text is None else (project / name).write_text(text)
     done = register(project, None, *case.arguments)
-    assert done.returncode == case.code, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, done.stderr
-    assert re.search(case.says, done.stderr), done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert_one_message(done, case.code, case.says)
     assert "s3cret" not in done.stdout + done.stderr
 
 
@@ -276,10 +280,7 @@ def test_what_a_server_answers_is_one_message(
 ) -> None:
     Answers.status, Answers.body = status, body
     done = register(project, odd_server, "--work_pool_name", "any")
-    assert done.returncode == 1
-    assert len(re.findall("^Error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
-    assert re.search(says, done.stderr), done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert_one_message(done, 1, says)
 
 
 PARAMETERS: list[tuple[dict[str, Any], str]] = [  # of a flow run, as somebody fills in the form
@@ -300,16 +301,14 @@ PARAMETERS: list[tuple[dict[str, Any], str]] = [  # of a flow run, as somebody f
 TRY = """
 import json, sys
 from register_prefect_flow import my_flow
-print(json.dumps([str(my_flow(**each, return_state=True).message) for each in json.load(sys.stdin)]))
+tried = json.loads(sys.argv[1])
+print(json.dumps([str(my_flow(**each, return_state=True).message) for each in tried]))
 """
 
 
 def test_parameters_of_a_flow_run_are_refused_in_its_state(project: Path, server: Server) -> None:
     tried = json.dumps([parameters for parameters, _ in PARAMETERS])
-    done = subprocess.run(
-        [sys.executable, "-c", TRY], input=tried, cwd=project, env=server.env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run(sys.executable, "-c", TRY, tried, cwd=project, env=server.env)
     assert done.returncode == 0, done.stderr[-3000:]
     messages = json.loads(done.stdout.splitlines()[-1])
     for (parameters, says), message in zip(PARAMETERS, messages, strict=True):

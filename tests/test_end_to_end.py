@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from conftest import (
     eventually,
     kedro_run,
     register,
+    run,
     written_files,
 )
 from tiny_project import write_tiny_project
@@ -55,7 +55,7 @@ def edges(server: Server, flow_run_id: str) -> set[tuple[str, str]]:
 
 
 def traceback_in_the_log(server: Server, flow_run_id: str) -> str | None:
-    logs = server.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run_id]}}})
+    logs = server.logs(flow_run_id)
     return next((log["message"] for log in logs if "Traceback" in log["message"]), None)
 
 
@@ -117,13 +117,12 @@ def test_log_lines_are_shown_with_the_node_that_wrote_them(
     deployment = register_and_forget(project, server, pool)
     flow_run = server.finished(server.start_run(deployment))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
-    query = {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}, "sort": "TIMESTAMP_ASC"}
 
     def lines(*names: str) -> Counter[tuple[str | None, str]]:
         runs = {run["id"]: name for name, run in server.task_runs(flow_run["id"]).items()}
         return Counter(
             (runs.get(log["task_run_id"]), log["message"].strip())
-            for log in server.post("/logs/filter", query)
+            for log in server.logs(flow_run["id"])
             if log["name"].split(".")[0] in names
         )
 
@@ -164,19 +163,36 @@ def test_of_runs_at_once_in_one_process_each_has_its_own_log_lines(
 ) -> None:
     (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 5\n")
     earlier = {run["id"] for run in server.post("/flow_runs/filter", {})}
-    command = [sys.executable, "-c", TWO_RUNS]
-    done = subprocess.run(command, cwd=project, env=server.env, capture_output=True, text=True)
+    done = run(sys.executable, "-c", TWO_RUNS, cwd=project, env=server.env)
     assert done.returncode == 0, done.stderr
     runs = {run["id"] for run in server.post("/flow_runs/filter", {})} - earlier
     assert len(runs) == 2
-    for run in runs:
+    for flow_run_id in runs:
 
-        def last_lines(run: str = run) -> list[str]:
-            query = {"logs": {"flow_run_id": {"any_": [run]}}}
-            messages = [log["message"] for log in server.post("/logs/filter", query)]
+        def last_lines(flow_run_id: str = flow_run_id) -> list[str]:
+            messages = [log["message"] for log in server.logs(flow_run_id)]
             return [text for text in messages if text == "Completed 4 out of 4 tasks"]
 
         assert len(eventually(last_lines)) == 1
+
+
+LOGGING_OF_REQUESTS = """
+version: 1
+disable_existing_loggers: False
+loggers: {httpx: {level: INFO}}
+"""
+
+
+def test_log_lines_about_sending_log_lines_do_not_multiply(server: Server, project: Path) -> None:
+    (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 8\n")
+    (project / "conf/logging.yml").write_text(LOGGING_OF_REQUESTS)
+    env = {"KEDRO_LOGGING_CONFIG": str(project / "conf/logging.yml")}
+    env["PREFECT_LOGGING_EXTRA_LOGGERS"] = "httpx"
+    done = register(project, server, "--run", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [flow_run] = server.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    sent = [log for log in server.logs(flow_run["id"]) if "/api/logs/" in log["message"]]
+    assert 0 < len(sent) < 20
 
 
 def test_runs_of_two_deployments_at_once_both_succeed(

@@ -124,8 +124,7 @@ def test_what_nodes_say_comes_back_in_order(project: Path, server: Server, engin
         """The node's own lines on the page of its task run."""
         if not (task_run := server.task_runs(flow_run["id"]).get(me)):
             return []
-        logs = {"flow_run_id": {"any_": [flow_run["id"]]}}
-        lines = server.post("/logs/filter", {"logs": logs, "sort": "TIMESTAMP_ASC"})
+        lines = server.logs(flow_run["id"])
         own = [line["message"].strip() for line in lines if line["task_run_id"] == task_run["id"]]
         return [line for line in own if line.startswith(f"{me}: ")]
 

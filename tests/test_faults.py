@@ -252,8 +252,8 @@ def slow_and_lossy(port: int) -> Iterator[str]:
         dropped = 0
 
         def hand_on(self, source: socket.socket, target: socket.socket) -> None:
-            to_server = target.getpeername()[1] == port
             try:
+                to_server = target.getpeername()[1] == port
                 while data := source.recv(65536):
                     if to_server:
                         self.count += 1
@@ -570,8 +570,7 @@ def run_without_server(project: Path, seconds: int) -> None:
         assert flow_run["state_type"] == "COMPLETED"
         states = dict.fromkeys(["kedro_init", *ALL, "last"], "Completed")
         away.await_states(flow_run["id"], states)
-        query = {"logs": {"flow_run_id": {"any_": [flow_run["id"]]}}}
-        lines = [log["message"] for log in away.post("/logs/filter", query)]
+        lines = [log["message"] for log in away.logs(flow_run["id"])]
         completed = [line for line in lines if line.startswith("Completed node:")]
         assert len(completed) == len(states) - 1, "what was logged meanwhile is not lost"
     finally:

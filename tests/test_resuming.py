@@ -108,7 +108,7 @@ def retry(server: Server, flow_run_id: str) -> dict[str, Any]:
 
 def logged(server: Server, flow_run_id: str) -> list[str]:
     """What the flow run logged about resuming."""
-    logs = server.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run_id]}}})
+    logs = server.logs(flow_run_id)
     starts = ("Resuming", "Runs again", "All nodes run again")
     return sorted(log["message"] for log in logs if log["message"].startswith(starts))
 
