@@ -21,12 +21,10 @@ import functools
 import hashlib
 import heapq
 import html
-import importlib
 import importlib.metadata
 import inspect
 import io
 import json
-import logging
 import logging.handlers
 import os
 import pickle
@@ -584,23 +582,14 @@ def _load_whole_pipeline(options: Options) -> Pipeline:
     return sum(found.values(), Pipeline([]))
 
 
-def _dataset_names(pipeline: Pipeline) -> set[str]:
-    return set(chain.from_iterable([*node.inputs, *node.outputs] for node in pipeline.nodes))
-
-
 class _Group(Node):
     """Nodes that one task runs, one after the other, as a node that Kedro's pipelines take."""
 
     def __init__(self, name: str, members: list[Node]) -> None:
-        made = set(map(_plain_name, chain.from_iterable(node.outputs for node in members)))
-        inputs = dict.fromkeys(chain.from_iterable(node.inputs for node in members))
-        super().__init__(
-            lambda *_: None,
-            [dataset for dataset in inputs if _plain_name(dataset) not in made],
-            list(chain.from_iterable(node.outputs for node in members)),
-            name=name,
-            tags=set(chain.from_iterable(node.tags for node in members)),
-        )
+        part = Pipeline(members)
+        inputs, outputs = sorted(part.inputs()), sorted(part.all_outputs())
+        tags = set(chain.from_iterable(node.tags for node in members))
+        super().__init__(lambda *_: None, inputs, outputs, name=name, tags=tags)
         self.members = members
 
 
@@ -648,7 +637,7 @@ def _namespaces(node: Node) -> set[str]:
 def _explain_filters(pipeline: Pipeline, options: Options) -> Iterator[str]:
     """Find the values of filters that are not in the pipeline, and what they may have meant."""
     names = {node.name for node in pipeline.nodes}
-    datasets = _dataset_names(pipeline)
+    datasets = pipeline.all_inputs() | pipeline.all_outputs()
     tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
     namespaces = set(chain.from_iterable(map(_namespaces, pipeline.nodes)))
     known = [tags, names, names, names, datasets, datasets, namespaces]
@@ -722,7 +711,7 @@ def _inner(dataset: Any) -> Any:
 
 def _pin_versions(catalog: Any, pipeline: Pipeline, session_id: str) -> None:
     """Load what nodes save in a session, even if another run has saved since."""
-    for name in chain.from_iterable(node.outputs for node in pipeline.nodes):
+    for name in pipeline.all_outputs():
         dataset = _inner(_get_dataset(catalog, name))
         if version := getattr(dataset, "_version", None):
             dataset._version = type(version)(version.load or session_id, session_id)
@@ -733,7 +722,7 @@ def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None
     try:
         with _project_errors(f"Loading catalog and parameters of environment '{options['env']}'"):
             _, catalog = _load_catalog(_open_session(options), options)
-            names = sorted(_dataset_names(pipeline))
+            names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
             datasets = {name: _get_dataset(catalog, name) for name in names}
             if missing := sorted(name for name in pipeline.inputs() if datasets[name] is None):
                 problem = "No catalog entry, pattern or parameter provides pipeline input"
@@ -1479,7 +1468,7 @@ class _Run(NamedTuple):
 _runs: dict[str, _Run] = {}  # those that go on in this process
 _latest: list[dict[str, _Record]] = [{}]  # how it went in the run that was started last
 _started: Counter[str | None] = Counter()  # task runs, by flow run
-_senders: list[threading.Thread] = []  # of log lines and accounts; some go on when a run has ended
+_senders: list[threading.Thread] = []  # to Prefect; some go on when a run has ended
 
 
 def _digest(*parts: Any) -> str:
@@ -1938,7 +1927,8 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
         future.add_done_callback(lambda _: said[key].put(("", b"")))
         try:
             yield from _listen(said[key])
-            future.result()  # raises what kept the node from being run
+            if future.status != "finished":  # or Dask would fetch the result, which is none
+                future.result()  # raises what kept the node from being run
         finally:
             future.cancel()
 
@@ -2065,14 +2055,12 @@ def _show_progress(run: _Run, is_wanted: bool) -> Iterator[None]:
         except Exception as error:
             logging.getLogger("kedro").warning("No progress of this run in Prefect: %r", error)
 
-    # Prefect 2 has no such artifacts.
-    thread = _start_beside(show) if is_wanted and _PREFECT_3 else None
+    if is_wanted and _PREFECT_3:  # Prefect 2 has no such artifacts
+        _senders.append(_start_beside(show))
     try:
         yield
     finally:
-        ended.set()
-        if thread:
-            thread.join()
+        ended.set()  # a busy server takes seconds for the last figure: nobody waits for it here
 
 
 def _longest_path_first(pipeline: Pipeline) -> list[Node]:
@@ -2358,8 +2346,8 @@ def _find_what_runs_again(
     pipeline: Pipeline, run: _Run, earlier: dict[str, Any]
 ) -> dict[Node, str]:
     """Return the nodes to run, each with the reason: Kedro's resume suggestion, node by node."""
-    outputs = chain.from_iterable(node.outputs for node in pipeline.nodes)
-    datasets = {name: _inner(_get_dataset(run.catalog, name)) for name in outputs}
+    outputs = {name: _get_dataset(run.catalog, name) for name in pipeline.all_outputs()}
+    datasets = {name: _inner(dataset) for name, dataset in outputs.items()}
     _pin_versions(run.catalog, pipeline, str(run.run_id))
     needs, again = pipeline.node_dependencies, cast("dict[Node, str]", {})
     for node in pipeline.nodes:  # those before others come first
@@ -2430,15 +2418,16 @@ async def _set_retries(flow_run: Any, retries: int = 0, retry_delay_seconds: int
 # ---- Logs, and the account of a run: what the pages of flow run and task runs show ----
 
 
-class _RunLogs(APILogHandler):
+class _RunLogs(logging.Handler):
     """Sends the log lines of a flow run to Prefect, many at once.
 
-    Prefect's own service hands each line on between three threads, in 0.3 ms.
+    Prefect's own handlers check and measure each line, and hand it on between three threads: that
+    takes ten times as long, and without a server the lines are lost.
     """
 
     def __init__(self, flow_run_id: str) -> None:
         super().__init__()
-        self.flow_run_id = flow_run_id
+        self._flow_run_id = flow_run_id
         self._lines: list[Options] = []
         self._lost = 0
         self._problem: Exception | None = None
@@ -2446,19 +2435,25 @@ class _RunLogs(APILogHandler):
         _senders.append(_start_beside(self._send_lines))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if context := cast("Any", TaskRunContext.get()):
-            flow_run_id = context.task_run.flow_run_id
-        elif context := cast("Any", FlowRunContext.get()):
-            flow_run_id = context.flow_run.id
-        else:  # in a thread that a node has started
-            flow_run_id = record.flow_run_id = self.flow_run_id
-        if str(flow_run_id) == self.flow_run_id and getattr(record, "send_to_api", True):
-            try:
-                line = self.prepare(record)
-                line.pop("__payload_size__", None)  # a note of Prefect's service to itself
-                self._lines.append(line)
-            except Exception:
-                self.handleError(record)
+        flow_run_id, task_run_id = (getattr(record, f"{k}_run_id", None) for k in ("flow", "task"))
+        if flow_run_id is None:
+            flow_run_id = self._flow_run_id  # in a thread that a node has started
+            if context := cast("Any", TaskRunContext.get()):
+                flow_run_id, task_run_id = context.task_run.flow_run_id, str(context.task_run.id)
+            elif context := cast("Any", FlowRunContext.get()):
+                flow_run_id = context.flow_run.id
+        if str(flow_run_id) != self._flow_run_id or not getattr(record, "send_to_api", True):
+            return
+        record.send_to_api = False  # by Prefect's handlers, or by this one behind another logger
+        try:
+            text = self.format(record)[:LOG_SHOWN].encode(errors="backslashreplace").decode()
+            time = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
+            self._lines.append({
+                "flow_run_id": self._flow_run_id, "task_run_id": task_run_id, "message": text,
+                "name": record.name, "level": record.levelno, "timestamp": time,
+            })  # fmt: skip
+        except Exception:
+            self.handleError(record)
 
     async def _create_logs(self) -> None:
         async with get_client() as client:
@@ -2489,40 +2484,29 @@ class _RunLogs(APILogHandler):
         self._ended.set()
         super().close()
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)[:LOG_SHOWN]
-        return text.encode(errors="backslashreplace").decode()
-
-
-def _is_sent(logger: logging.Logger | None, flow_run_id: str) -> bool:
-    """Tell whether what a logger logs in a flow run is sent to Prefect."""
-    if logger is None:
-        return False
-    sends = any(
-        isinstance(handler, APILogHandler)
-        and getattr(handler, "flow_run_id", flow_run_id) == flow_run_id  # another run's is not
-        for handler in logger.handlers
-    )
-    return sends or (logger.propagate and _is_sent(logger.parent, flow_run_id))
-
 
 @contextmanager
 def _logs_to_prefect() -> Iterator[None]:
-    """Send what Kedro, the project and PREFECT_LOGGING_EXTRA_LOGGERS log, once."""
+    """Send what Prefect, Kedro, the project and PREFECT_LOGGING_EXTRA_LOGGERS log, once."""
     if not prefect.settings.PREFECT_LOGGING_TO_API_ENABLED.value():
         yield
         return
     extra = prefect.settings.PREFECT_LOGGING_EXTRA_LOGGERS.value() or ()
-    loggers = [logging.getLogger(name) for name in sorted({"kedro", _flow_name(), *extra})]
-    handler = _RunLogs(str(runtime.flow_run.id))
-    for logger in loggers:  # those above others come first
-        if not _is_sent(logger, handler.flow_run_id):
-            logger.addHandler(handler)
+    wanted = {"kedro", _flow_name(), *extra}
+    handler, added = _RunLogs(str(runtime.flow_run.id)), []
+    for logger in map(logging.getLogger, {*wanted, *logging.root.manager.loggerDict}):
+        others = [other for other in logger.handlers if isinstance(other, APILogHandler)]
+        if others or logger.name in wanted:
+            ours = copy(handler)  # which keeps its lines in the same list
+            for name in ("level", "filters", "formatter") if others else ():
+                setattr(ours, name, getattr(others[0], name))
+            logger.handlers.insert(0, ours)  # before Prefect's, which leave out what it has taken
+            added.append((logger, ours))
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+        for logger, ours in added:
+            logger.removeHandler(ours)
         handler.close()
 
 
@@ -2560,7 +2544,7 @@ def _describe_run(runner: PrefectRunner, error: BaseException | None) -> str:
         )
         lines.append(f"| {' | '.join(map(str, about))} |")
     lines += ["\nTimes are UTC.\n\n| dataset | where it lives |\n|---|---|"]
-    for name in sorted(_dataset_names(pipeline)):
+    for name in sorted(pipeline.all_inputs() | pipeline.all_outputs()):
         dataset = _get_dataset(catalog, name)
         if not (_is_parameter(name) or _is_in_memory(_inner(dataset))):
             where = _where(name, dataset).replace(f"{PROJECT_PATH}/", "")

@@ -129,6 +129,8 @@ def test_log_lines_are_shown_with_the_node_that_wrote_them(
     last = (None, "Completed 4 out of 4 tasks")
     eventually(lambda: lines("kedro")[last] and lines("kedro")["report", RUNNING])
     assert set(lines("kedro", "tiny").values()) == {1}, "no line is there twice"
+    for node in ("double", "scale", "add", "report"):
+        assert lines("prefect")[node, "Finished in state Completed()"] == 1
     kedro = lines("kedro")
     runs = [text for name, text in kedro if name == "add" and text.startswith("Running node: add")]
     assert len(runs) == 1
@@ -193,6 +195,34 @@ def test_log_lines_about_sending_log_lines_do_not_multiply(server: Server, proje
     [flow_run] = server.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
     sent = [log for log in server.logs(flow_run["id"]) if "/api/logs/" in log["message"]]
     assert 0 < len(sent) < 20
+
+
+LOGGING_OF_THE_PROJECT = """
+version: 1
+disable_existing_loggers: False
+handlers: {api: {class: prefect.logging.handlers.APILogHandler, level: WARNING}}
+loggers:
+  kedro: {level: INFO}
+  kedro.runner: {handlers: [api]}
+  tiny: {level: INFO, handlers: [api]}
+"""
+
+
+def test_what_a_project_sends_itself_is_sent_once_and_at_its_level(
+    server: Server, project: Path
+) -> None:
+    with (project / "src/tiny/nodes.py").open("a") as nodes:
+        nodes.write(LOGGING.replace("log.debug", "log.info"))
+    (project / "conf/logging.yml").write_text(LOGGING_OF_THE_PROJECT)
+    env = {"KEDRO_LOGGING_CONFIG": str(project / "conf/logging.yml")}
+    env["KEDRO_LOGGING_MODULE_ALLOWLIST"] = "prefect.logging.handlers"  # Kedro 1.7 asks for it
+    done = register(project, server, "--run", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [flow_run] = server.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    messages = Counter(log["message"].strip() for log in server.logs(flow_run["id"]))
+    assert messages["adding 6 numbers"] == 1
+    assert messages["not at this level"] == 0
+    assert messages["Completed node: add"] == 1
 
 
 def test_runs_of_two_deployments_at_once_both_succeed(

@@ -570,9 +570,12 @@ def run_without_server(project: Path, seconds: int) -> None:
         assert flow_run["state_type"] == "COMPLETED"
         states = dict.fromkeys(["kedro_init", *ALL, "last"], "Completed")
         away.await_states(flow_run["id"], states)
-        lines = [log["message"] for log in away.logs(flow_run["id"])]
-        completed = [line for line in lines if line.startswith("Completed node:")]
+        logs = away.logs(flow_run["id"])
+        completed = [log for log in logs if log["message"].startswith("Completed node:")]
         assert len(completed) == len(states) - 1, "what was logged meanwhile is not lost"
+        runs = {task_run["id"]: name for name, task_run in away.task_runs(flow_run["id"]).items()}
+        ended = [log for log in logs if log["message"] == "Finished in state Completed()"]
+        assert {runs.get(log["task_run_id"]) for log in ended} >= {*ALL, "last"}
     finally:
         stop(away.process)
 
