@@ -66,7 +66,7 @@ FILTERS = (
 NAMES_SHOWN = 50  # in an error that lists what there is
 TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
 LOG_SHOWN = 100_000  # characters of a log line that Prefect shows and stores
-LINES_SENT = 200  # log lines in one message to Prefect
+LINES_SENT = 150  # log lines in one message to Prefect
 PREVIEW_SHOWN = 1_000_000  # characters of a dataset's preview that Prefect shows and stores
 NODES_DRAWN = 300  # in a picture of the pipeline
 NAME_DRAWN = 22  # characters of a node's name
@@ -2428,6 +2428,8 @@ class _RunLogs(logging.Handler):
     def __init__(self, flow_run_id: str) -> None:
         super().__init__()
         self._flow_run_id = flow_run_id
+        longest = prefect.settings.PREFECT_LOGGING_TO_API_MAX_LOG_SIZE.value()
+        self._longest = min(LOG_SHOWN, longest - 500)  # for what is sent with the text
         self._lines: list[Options] = []
         self._lost = 0
         self._problem: Exception | None = None
@@ -2446,7 +2448,7 @@ class _RunLogs(logging.Handler):
             return
         record.send_to_api = False  # by Prefect's handlers, or by this one behind another logger
         try:
-            text = self.format(record)[:LOG_SHOWN].encode(errors="backslashreplace").decode()
+            text = self.format(record)[: self._longest].encode(errors="backslashreplace").decode()
             time = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
             self._lines.append({
                 "flow_run_id": self._flow_run_id, "task_run_id": task_run_id, "message": text,
