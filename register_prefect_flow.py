@@ -439,6 +439,23 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
 
 
+@functools.cache
+def _trusted(certificates: str) -> Any:
+    import ssl
+
+    return ssl.create_default_context(cafile=certificates)
+
+
+def _client() -> Any:
+    """Return a client of Prefect's API; each of its own would read all certificates, in 50 ms."""
+    setting = getattr(prefect.settings, "PREFECT_API_SSL_CERT_FILE", None)  # not in 2.10
+    if setting is None or prefect.settings.PREFECT_API_TLS_INSECURE_SKIP_VERIFY.value():
+        return get_client()
+    import certifi  # which Prefect takes as well
+
+    return get_client(httpx_settings={"verify": _trusted(setting.value() or certifi.where())})
+
+
 def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
     """Run a call of Prefect's client, whether or not the caller has an event loop."""
     with ThreadPoolExecutor(max_workers=1) as thread:
@@ -1112,14 +1129,14 @@ async def _create_artifact(kind: str, key: str, data: Any) -> Any:
     """Add an artifact to the flow run and the task run that go on here."""
     flow_run_id, task_run_id = runtime.flow_run.id, runtime.task_run.id
     ids = {"flow_run_id": flow_run_id, "task_run_id": task_run_id}
-    async with get_client() as client:
+    async with _client() as client:
         return await client.create_artifact(
             _actions.ArtifactCreate(type=kind, key=key, data=data, **ids)
         )
 
 
 async def _update_artifact(artifact_id: Any, data: Any) -> None:
-    async with get_client() as client:
+    async with _client() as client:
         await client.update_artifact(artifact_id, _actions.ArtifactUpdate(data=data))
 
 
@@ -1309,13 +1326,12 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
 
     def __init__(self, name: str, node: str, filepath: str, credentials: Options) -> None:
         dataset: Any = importlib.import_module("kedro_datasets.pickle").PickleDataset
-        make = functools.partial(dataset, backend="cloudpickle", credentials=credentials)
+        self._make = functools.partial(dataset, backend="cloudpickle", credentials=credentials)
         self._what = f"Dataset '{name}', which node '{node}' makes,"
-        self._filepath, self._file = filepath, make(filepath=filepath)
+        self._filepath, self._file = filepath, self._make(filepath=filepath)
         # On object stores a file is there when all of it has been written.
         is_local = self._file._protocol == "file"
         self._part = Path(f"{filepath}.part") if is_local else None
-        self._writer = make(filepath=str(self._part or filepath))
 
     def load(self) -> Any:
         return self._file.load()
@@ -1324,7 +1340,7 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
         try:
             if self._part:
                 self._part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._writer.save(data)
+            self._make(filepath=str(self._part or self._filepath)).save(data)
             if self._part:
                 self._part.replace(self._filepath)
         except Exception as error:
@@ -1406,7 +1422,7 @@ def _end_checkpoints(checkpoints: _Checkpoints | None, completed: bool) -> None:
 async def _find_finished(flow_run_ids: list[str]) -> list[str]:
     """Return those flow runs that have completed, or that the server does not have."""
     finished = []
-    async with get_client() as client:
+    async with _client() as client:
         for flow_run_id in flow_run_ids:
             try:
                 state = (await client.read_flow_run(uuid.UUID(flow_run_id))).state
@@ -1598,7 +1614,7 @@ def init_kedro_tasks_by_execution_layer(
 # run, and so has the project's code as it is now. Names of nodes go there, and what happens comes
 # back. Dask and Ray say which machine has room for a child.
 
-_Messages = Iterator[tuple[str, bytes]]
+_Messages = Iterator[list[tuple[str, bytes]]]  # those that have come meanwhile
 _LAST = ("ended", "failed", "died")  # kinds of messages after which there is no other
 
 
@@ -1637,7 +1653,7 @@ def _send_logs(say: Callable[[str, bytes], None]) -> None:
 def _open_run(say: Callable[[str, bytes], None], told: str) -> _Run:
     """Open the project in a child: configuration, catalog and hooks as in the flow."""
     job = json.loads(told)
-    metadata = _bootstrap(PROJECT_PATH)
+    metadata = bootstrap_project(PROJECT_PATH)
     _send_logs(say)
     for what, here in _same_everywhere(metadata).items():
         if here != job["same"][what]:
@@ -1730,17 +1746,41 @@ def _be_child(jobs_in: int, messages_out: int) -> None:
         say(*end)
 
 
+# What a child does first. Nothing but messages may come out of its stdout. Importing Prefect takes
+# longer than all else that it needs: while it imports this file, it has a dummy in its place.
+_CHILD = """
+import os, sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+def find_spec(name, *_):
+    return ModuleSpec(name, dummy) if name.partition(".")[0] == "prefect" else None
+
+def create_module(_):
+    return MagicMock(__version__="3.2", __path__=[])
+
+dummy = SimpleNamespace(find_spec=find_spec, create_module=create_module, exec_module=id)
+jobs, out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+os.dup2(null, 0)
+os.dup2(null, 1)
+sys.path.insert(0, os.getcwd())
+sys.meta_path.insert(0, dummy)
+import register_prefect_flow as script
+sys.meta_path.remove(dummy)
+for name in [name for name in sys.modules if find_spec(name)]:
+    del sys.modules[name]
+os.dup2(2, 1)
+script._be_child(jobs, out)
+"""
+
+
 class _Child:
     """The process of a child, as whoever started it sees it. Sent to Dask and Ray by value."""
 
     def __init__(self, script: str) -> None:
-        code = (  # nothing but messages may come out of its stdout
-            "import os, sys; jobs, out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)"
-            "\nos.dup2(null, 0); os.dup2(null, 1); sys.path.insert(0, os.getcwd())"
-            "\nimport register_prefect_flow as script; os.dup2(2, 1); script._be_child(jobs, out)"
-        )
         self.process: Any = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", _CHILD],
             cwd=Path(script).parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -1805,12 +1845,15 @@ def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> 
             child.process.stdin.flush()
         while kind not in _LAST:
             try:
-                kind, payload = child.messages.get(timeout=0.2)
+                said = [child.messages.get(timeout=0.2)]
+                while said[-1][0] not in _LAST and not child.messages.empty():
+                    said.append(child.messages.get())
             except queue.Empty:
                 if runs.get(job["run"]) is not idle or (is_wanted and not is_wanted()):
                     raise RuntimeError("the run has been stopped") from None
             else:
-                yield kind, payload
+                kind, _ = said[-1]
+                yield said
     finally:
         if kind not in ("ended", "failed") or runs.get(job["run"]) is not idle:
             child.end()
@@ -1856,13 +1899,12 @@ def _start_processes(run: str, _: Options) -> Iterator[_Engine]:
 
 
 def _listen(messages: Any) -> _Messages:
-    """Yield what comes in a queue, up to a message of no kind."""
-    while True:
+    """Yield what comes in a queue, up to no message."""
+    said = None
+    while said != []:
         with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
-            kind, payload = messages.get(timeout=0.2)
-            if not kind:
-                return
-            yield kind, payload
+            said = messages.get(timeout=0.2)
+            yield said
 
 
 @contextmanager
@@ -1893,8 +1935,7 @@ def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
 
 
 def _make_dask_task(topic: str) -> Callable[[Options], None]:
-    """Make the function that runs a node on a Dask worker; one in a function is sent by value."""
-    run_in_child = _by_value(_run_in_child)
+    """Make the function that runs a node on a Dask worker."""
 
     def work(job: Options) -> None:
         worker = importlib.import_module("distributed").get_worker()
@@ -1908,8 +1949,8 @@ def _make_dask_task(topic: str) -> Callable[[Options], None]:
         def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
             return key in tasks and tasks[key].state != "cancelled"
 
-        for message in pickle.loads(run_in_child)(job, is_wanted):
-            worker.log_event(topic, (key, *message))  # which the scheduler passes on
+        for said in _run_in_child(job, is_wanted):
+            worker.log_event(topic, (key, said))  # which the scheduler passes on
 
     return work
 
@@ -1917,14 +1958,15 @@ def _make_dask_task(topic: str) -> Callable[[Options], None]:
 @contextmanager
 def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
     distributed = _import("distributed", "distributed", "task_runner.type dask")
+    apply = importlib.import_module("dask.utils").apply
     logging.getLogger("distributed").setLevel(logging.WARNING)
     topic, said = f"kedro-{run}", cast("Any", defaultdict(queue.SimpleQueue))
-    work, end_children = _make_dask_task(topic), _by_value(_end_children)
+    task, end_children = _by_value(_make_dask_task(topic)), _by_value(_end_children)
 
     def send(job: Options, resources: Options) -> _Messages:
         key = f"{job['node']}-{uuid.uuid4().hex}"
-        future = client.submit(work, job, key=key, pure=False, resources=resources or None)
-        future.add_done_callback(lambda _: said[key].put(("", b"")))
+        future = client.submit(apply, work, [job], key=key, pure=False, resources=resources or None)
+        future.add_done_callback(lambda _: said[key].put([]))
         try:
             yield from _listen(said[key])
             if future.status != "finished":  # or Dask would fetch the result, which is none
@@ -1933,14 +1975,14 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
             future.cancel()
 
     def hear(event: Any) -> None:
-        _, (key, *message) = event
-        said[key].put(message)
+        _, (key, messages) = event
+        said[key].put(messages)
 
     def hear_of_cluster(event: Any) -> None:  # which runs a lost worker's tasks again
         _, about = event
         if isinstance(about, dict) and about.get("action") == "remove-worker":
             for key in said.keys() & {*about["processing-tasks"]}:
-                said[key].put(("died", b"with its Dask worker"))
+                said[key].put([("died", b"with its Dask worker")])
 
     def forget(dask_scheduler: Any) -> None:
         dask_scheduler._broker._topics.pop(topic)
@@ -1950,6 +1992,7 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
         client = _connect(distributed, options, stack)
         client.subscribe_topic(topic, hear)
         client.subscribe_topic("all", hear_of_cluster)
+        work = client.submit(pickle.loads, task, pure=False)  # once on each worker, for all nodes
 
         def stop() -> None:
             with suppress(Exception):  # there may be no cluster any more
@@ -1974,8 +2017,9 @@ def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
         try:
             while True:
                 if ray.wait([stream], timeout=0.2)[0]:  # in steps, so that a timeout can interrupt
-                    kind, payload = ray.get(next(stream))
-                    yield kind, payload
+                    said = ray.get(next(stream))
+                    kind, _ = said[-1]
+                    yield said
         except StopIteration:
             return
         except ray.exceptions.RayTaskError as error:
@@ -2005,7 +2049,7 @@ def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node)
     resources = _task_options(node, tasks).get("resources", {})
     kind = ""
     with closing(engine.send({**job, "node": node.name}, resources)) as messages:
-        for kind, payload in messages:
+        for kind, payload in chain.from_iterable(messages):
             if kind == "print":
                 print(payload.decode(), end="")
             elif kind == "log":
@@ -2027,7 +2071,7 @@ def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node)
 async def _read_limited_tags() -> set[str]:
     """Ask the server which tags limit how many task runs may go on at once."""
     limits: list[Any] = []
-    async with get_client() as client:
+    async with _client() as client:
         while page := await client.read_concurrency_limits(limit=200, offset=len(limits)):
             limits += page
     return {limit.tag for limit in limits}
@@ -2301,7 +2345,7 @@ async def _read_task_runs(flow_run_id: Any, expected: int, patience: float) -> l
     this_run = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(str(flow_run_id))]))
     loop = asyncio.get_running_loop()
     recorded, changed = -1, loop.time()
-    async with get_client() as client:
+    async with _client() as client:
         while True:
             runs: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
             offset = 0
@@ -2411,7 +2455,7 @@ async def _set_retries(flow_run: Any, retries: int = 0, retry_delay_seconds: int
     """Set what section flow of prefect.yml says; the server decides at the end of the flow run."""
     policy = flow_run.empirical_policy
     policy.retries, policy.retry_delay = retries, retry_delay_seconds
-    async with get_client() as client:
+    async with _client() as client:
         await client.update_flow_run(flow_run.id, empirical_policy=policy)
 
 
@@ -2429,7 +2473,7 @@ class _RunLogs(logging.Handler):
         super().__init__()
         self._flow_run_id = flow_run_id
         longest = prefect.settings.PREFECT_LOGGING_TO_API_MAX_LOG_SIZE.value()
-        self._longest = min(LOG_SHOWN, longest - 500)  # for what is sent with the text
+        self._longest = min(LOG_SHOWN, max(0, longest - 500))  # for what is sent with the text
         self._lines: list[Options] = []
         self._lost = 0
         self._problem: Exception | None = None
@@ -2458,7 +2502,7 @@ class _RunLogs(logging.Handler):
             self.handleError(record)
 
     async def _create_logs(self) -> None:
-        async with get_client() as client:
+        async with _client() as client:
             # What there is now: sending may be logged as well.
             for _ in range(0, len(self._lines), LINES_SENT):
                 lines = self._lines[:LINES_SENT]
@@ -2682,7 +2726,7 @@ def my_flow(
 
 
 async def _ask_server() -> None:
-    async with get_client() as client:
+    async with _client() as client:
         if error := await client.api_healthcheck():
             raise error
         try:
@@ -2776,7 +2820,7 @@ def _complete(plan: _Plan, level: str | None) -> _Deployment:
 async def _look_up(plan: _Plan, level: str | None, serve: bool) -> _Plan:
     """Complete a deployment by what is on the server; check that pool and blocks are there."""
     deployment = plan.deployment
-    async with get_client() as client:
+    async with _client() as client:
         with suppress(ObjectNotFound):
             existing = await client.read_deployment_by_name(plan.full_name)
             plan = plan._replace(existing=existing)

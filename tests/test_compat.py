@@ -3,10 +3,15 @@
 import asyncio
 import os
 import shutil
+import ssl
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import kedro
 import prefect
 import pytest
@@ -14,6 +19,7 @@ from conftest import KEDRO_1, PREFECT_3, SCRIPT, MemoryDataset, run
 from kedro.framework.hooks.manager import _create_hook_manager
 from kedro.io import DataCatalog
 from kedro.pipeline import node
+from prefect import settings
 
 import register_prefect_flow
 
@@ -131,3 +137,61 @@ def test_calls_of_the_client_work_inside_an_event_loop() -> None:
         return register_prefect_flow._call_api(call())
 
     assert asyncio.run(caller()) == register_prefect_flow._call_api(call()) == 3
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate of this machine that nobody else has signed, with its key."""
+    path = tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    done = run(*command, "-keyout", path, "-out", tmp_path / "public.pem", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path.write_text(path.read_text() + (tmp_path / "public.pem").read_text())
+    return path
+
+
+@pytest.fixture
+def secure_url(certificate: Path) -> Iterator[str]:
+    """The URL of a server that speaks TLS and answers everything with 200."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("localhost", 0), Answer)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"https://localhost:{server.server_port}/api"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(
+    not hasattr(settings, "PREFECT_API_SSL_CERT_FILE"), reason="not in Prefect 2.10"
+)
+def test_the_client_trusts_whom_the_settings_name_and_nobody_else(
+    certificate: Path, secure_url: str
+) -> None:
+    async def ask() -> int:
+        async with register_prefect_flow._client() as client:
+            return (await client._client.get("/hello")).status_code
+
+    url = {settings.PREFECT_API_URL: secure_url}
+    with (
+        settings.temporary_settings(updates=url),
+        pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        asyncio.run(ask())
+    for trusted in (
+        {settings.PREFECT_API_SSL_CERT_FILE: str(certificate)},
+        {settings.PREFECT_API_TLS_INSECURE_SKIP_VERIFY: True},
+    ):
+        with settings.temporary_settings(updates=url | trusted):
+            assert asyncio.run(ask()) == 200

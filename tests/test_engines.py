@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
 from conftest import BIN, PREFECT_3, Server, copy_in, eventually, register, stop
 from features_project import KEDRO, write_features_project
@@ -435,6 +436,34 @@ def wait(changed):
     assert re.search(r"the code of \S+ on \S+ is not that of the flow", done.stdout + done.stderr)
 
 
+def test_a_process_that_runs_nodes_imports_prefect_for_those_that_do(
+    project: Path, server: Server
+) -> None:
+    functions = """
+import sys
+
+
+def look():
+    return sorted(name for name in sys.modules if name.partition(".")[0] == "prefect")
+
+
+def use(found):
+    import prefect
+    from prefect.variables import Variable
+
+    return [*found, prefect.__version__, Variable.__module__]
+"""
+    nodes = "node(look, None, 'found'), node(use, 'found', 'used')"
+    write_pipeline(project, functions, nodes)
+    entry = "used: {type: json.JSONDataset, filepath: data/used.json}\n"
+    (project / "conf/base/catalog.yml").write_text(entry)
+    write_config(project, "task_runner: {type: processes, max_workers: 1}")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    used = json.loads((project / "data/used.json").read_text())
+    assert used == [prefect.__version__, "prefect.variables"]
+
+
 def test_a_machine_without_the_project_is_named() -> None:
     import register_prefect_flow as script
 
@@ -715,8 +744,8 @@ def test_a_node_whose_end_is_not_heard_of_has_not_completed() -> None:
 
     import register_prefect_flow as script
 
-    def send(job: Any, resources: Any) -> Iterator[tuple[str, bytes]]:
-        yield "print", b"the last that comes\n"
+    def send(job: Any, resources: Any) -> Iterator[list[tuple[str, bytes]]]:
+        yield [("print", b"the last that comes\n")]
 
     engine = script._Engine(1, send, lambda: None)
     with pytest.raises(RuntimeError, match="What node 'a' said last was lost on its way"):
