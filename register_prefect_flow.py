@@ -36,6 +36,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections import Counter, defaultdict
@@ -1846,8 +1847,10 @@ def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> 
         while kind not in _LAST:
             try:
                 said = [child.messages.get(timeout=0.2)]
-                while said[-1][0] not in _LAST and not child.messages.empty():
-                    said.append(child.messages.get())
+                until = time.monotonic() + 0.05  # many short messages take engines longer
+                while said[-1][0] not in _LAST and (left := until - time.monotonic()) > 0:
+                    with suppress(queue.Empty):
+                        said.append(child.messages.get(timeout=left))
             except queue.Empty:
                 if runs.get(job["run"]) is not idle or (is_wanted and not is_wanted()):
                     raise RuntimeError("the run has been stopped") from None
@@ -1927,7 +1930,10 @@ def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
             module, _, class_name = name.rpartition(".")
             make = getattr(_import(module, module.partition(".")[0], name), class_name)
             options["address"] = stack.enter_context(make(**options.pop("cluster_kwargs", {})))
-        local = {} if "address" in options else {"dashboard_address": "127.0.0.1:0"}  # not for all
+        # One here needs no processes of its own: its workers do nothing but start those of nodes.
+        local: Options = {"processes": False, "memory_limit": 0}
+        local |= dict.fromkeys(("dashboard_address", "worker_dashboard_address"), "127.0.0.1:0")
+        local = {} if {"address", "host"} & options.keys() else local
         client = distributed.Client(**{"timeout": 20} | local | options)
         stack.enter_context(client)
         client.wait_for_workers(1, timeout=20)
@@ -2015,7 +2021,7 @@ def _start_ray(_: str, options: Options) -> Iterator[_Engine]:
     def send(job: Options, resources: Options) -> _Messages:
         stream, kind = remote.options(**resources, max_retries=0).remote(job), ""
         try:
-            while True:
+            while kind not in _LAST:
                 if ray.wait([stream], timeout=0.2)[0]:  # in steps, so that a timeout can interrupt
                     said = ray.get(next(stream))
                     kind, _ = said[-1]
@@ -2493,10 +2499,10 @@ class _RunLogs(logging.Handler):
         record.send_to_api = False  # by Prefect's handlers, or by this one behind another logger
         try:
             text = self.format(record)[: self._longest].encode(errors="backslashreplace").decode()
-            time = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
+            moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
             self._lines.append({
                 "flow_run_id": self._flow_run_id, "task_run_id": task_run_id, "message": text,
-                "name": record.name, "level": record.levelno, "timestamp": time,
+                "name": record.name, "level": record.levelno, "timestamp": moment,
             })  # fmt: skip
         except Exception:
             self.handleError(record)
