@@ -1798,6 +1798,16 @@ class _Child:
         why = " (killed, perhaps for lack of memory)" if code == -signal.SIGKILL else ""
         self.messages.put(("died", f"with exit code {code}{why}".encode()))
 
+    def gather(self) -> list[tuple[str, bytes]]:
+        """Return what it says within 50 ms of a first word: engines take long for each message."""
+        said: list[tuple[str, bytes]] = []
+        with suppress(queue.Empty):
+            said.append(self.messages.get(timeout=0.2))
+            until = time.monotonic() + 0.05
+            while said[-1][0] not in _LAST and (left := until - time.monotonic()) > 0:
+                said.append(self.messages.get(timeout=left))
+        return said
+
     def end(self) -> None:
         """End it, and what it is doing."""
         self.process.kill()
@@ -1845,18 +1855,11 @@ def _run_in_child(job: Options, is_wanted: Callable[[], bool] | None = None) -> 
             pickle.dump(job, child.process.stdin)
             child.process.stdin.flush()
         while kind not in _LAST:
-            try:
-                said = [child.messages.get(timeout=0.2)]
-                until = time.monotonic() + 0.05  # many short messages take engines longer
-                while said[-1][0] not in _LAST and (left := until - time.monotonic()) > 0:
-                    with suppress(queue.Empty):
-                        said.append(child.messages.get(timeout=left))
-            except queue.Empty:
-                if runs.get(job["run"]) is not idle or (is_wanted and not is_wanted()):
-                    raise RuntimeError("the run has been stopped") from None
-            else:
+            if said := child.gather():
                 kind, _ = said[-1]
                 yield said
+            elif runs.get(job["run"]) is not idle or (is_wanted and not is_wanted()):
+                raise RuntimeError("the run has been stopped")
     finally:
         if kind not in ("ended", "failed") or runs.get(job["run"]) is not idle:
             child.end()
@@ -1940,25 +1943,21 @@ def _connect(distributed: Any, options: Options, stack: ExitStack) -> Any:
     return client
 
 
-def _make_dask_task(topic: str) -> Callable[[Options], None]:
-    """Make the function that runs a node on a Dask worker."""
+def _run_on_dask_worker(topic: str, job: Options) -> None:
+    """Run a node in a child of a Dask worker, and pass on what it says."""
+    worker = importlib.import_module("distributed").get_worker()
+    ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
+    tasks, key = worker.state.tasks, worker.get_current_task()
+    mark: Options = {"keys": [topic, key]}
+    if ask(worker.scheduler.get_metadata, default=False, **mark):
+        return  # Dask runs it again, because the worker that ran it is lost
+    ask(worker.scheduler.set_metadata, value=True, **mark)
 
-    def work(job: Options) -> None:
-        worker = importlib.import_module("distributed").get_worker()
-        ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
-        tasks, key = worker.state.tasks, worker.get_current_task()
-        mark: Options = {"keys": [topic, key]}
-        if ask(worker.scheduler.get_metadata, default=False, **mark):
-            return  # Dask runs it again, because the worker that ran it is lost
-        ask(worker.scheduler.set_metadata, value=True, **mark)
+    def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
+        return key in tasks and tasks[key].state != "cancelled"
 
-        def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
-            return key in tasks and tasks[key].state != "cancelled"
-
-        for said in _run_in_child(job, is_wanted):
-            worker.log_event(topic, (key, said))  # which the scheduler passes on
-
-    return work
+    for said in _run_in_child(job, is_wanted):
+        worker.log_event(topic, (key, said))  # which the scheduler hands on
 
 
 @contextmanager
@@ -1967,11 +1966,13 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
     apply = importlib.import_module("dask.utils").apply
     logging.getLogger("distributed").setLevel(logging.WARNING)
     topic, said = f"kedro-{run}", cast("Any", defaultdict(queue.SimpleQueue))
-    task, end_children = _by_value(_make_dask_task(topic)), _by_value(_end_children)
+    run_node, end_children = _by_value(_run_on_dask_worker), _by_value(_end_children)
 
     def send(job: Options, resources: Options) -> _Messages:
         key = f"{job['node']}-{uuid.uuid4().hex}"
-        future = client.submit(apply, work, [job], key=key, pure=False, resources=resources or None)
+        future = client.submit(
+            apply, work, [topic, job], key=key, pure=False, resources=resources or None
+        )
         future.add_done_callback(lambda _: said[key].put([]))
         try:
             yield from _listen(said[key])
@@ -1998,7 +1999,7 @@ def _start_dask(run: str, options: Options) -> Iterator[_Engine]:
         client = _connect(distributed, options, stack)
         client.subscribe_topic(topic, hear)
         client.subscribe_topic("all", hear_of_cluster)
-        work = client.submit(pickle.loads, task, pure=False)  # once on each worker, for all nodes
+        work = client.submit(pickle.loads, run_node, pure=False)  # once on each worker, for all
 
         def stop() -> None:
             with suppress(Exception):  # there may be no cluster any more
