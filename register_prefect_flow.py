@@ -41,7 +41,7 @@ import traceback
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
@@ -229,30 +229,43 @@ def _schedules(deployment: Any) -> list[Any]:
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.client.schemas.objects import TaskRunResult
+    from prefect.futures import PrefectConcurrentFuture
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
+    from prefect.task_engine import run_task
     from prefect.task_runners import ThreadPoolTaskRunner
 
     _AGENT_POOL_TYPE, _SUGGESTED_POOL_TYPE = "", "process"
     _ONLY_PREFECT_3: tuple[str, ...] = ()
 
+    _CALLED_IN_THREADS = False  # a task that is called runs in the thread that calls it
+
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
-        """Yield a function that submits a task, given futures or runs, ended, of what it needs."""
+        """Yield a function that starts a task, given futures or runs, ended, of what it needs.
+
+        One worker is this thread: the function returns when the task has ended.
+        """
         runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
 
         def submit(task: Any, needed: list[Any]) -> Any:
             if not needed:
-                return runner.submit(task, parameters={})
+                return start(task, parameters={})
             # For each future to wait for, Prefect fetches a result through another thread, in a
             # millisecond. One that failed is enough, and edges can be drawn without.
             failed: list[Any] = [future for future in needed if not future.state.is_completed()]
             ids = (getattr(other, "task_run_id", None) or other.id for other in needed)
             edges: set[Any] = {TaskRunResult(id=other) for other in ids}
-            return runner.submit(
-                task, {}, wait_for=failed[:1] or [None], dependencies={"wait_for": edges}
-            )
+            behind: Any = {"wait_for": edges}
+            return start(task, parameters={}, wait_for=failed[:1] or [None], dependencies=behind)
 
-        with runner:
+        def call(task: Any, **arguments: Any) -> Any:
+            state: Any = run_task(task, return_type="state", **arguments)
+            done: Future[Any] = Future()
+            done.set_result(state)
+            return PrefectConcurrentFuture(state.state_details.task_run_id, done)
+
+        start: Any = runner.submit if max_workers > 1 else call
+        with runner if max_workers > 1 else nullcontext():
             yield submit
 
     def _call_when_done(future: Any, callback: Callable[[], None]) -> None:
@@ -310,6 +323,8 @@ else:
     _ONLY_PREFECT_3 = ("concurrency_limit", "triggers", "schedules.parameters", "schedules.slug")
     _embedded_server = nullcontext  # type: ignore[assignment]  # it is no process of its own
 
+    _CALLED_IN_THREADS = True  # as submitted ones do
+
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[[Any, list[Any]], Any]]:
         del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
@@ -355,9 +370,9 @@ def _job_variables(deployment: Any) -> Options:
 
 
 def _default_max_workers() -> int:
-    # Prefect 2 lacks this setting; unset, the thread pool would have no limit.
+    # Prefect 2 lacks this setting.
     setting = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
-    return (setting and setting.value()) or min(32, (os.cpu_count() or 1) + 4)
+    return (setting and setting.value()) or 1
 
 
 # ---- Errors: what a user can mend is one message without a traceback ----
@@ -1478,7 +1493,7 @@ class _Run(NamedTuple):
     fingerprint: str  # of the whole pipeline, and the options of the flow run
     records: defaultdict[str, _Record]  # by node name
     kept: set[str]  # datasets that are not released
-    elsewhere: Callable[[Node], None] | None = None  # has a node run in another process
+    elsewhere: Callable[[Node], None] | None = None  # has a node run in another process or thread
     has_previews: bool = False
 
 
@@ -1548,6 +1563,11 @@ def _bearable_errors(*logged_by: Any) -> Iterator[None]:
         raise kind(text).with_traceback(error.__traceback__) from None
 
 
+def _run_here(run: _Run, node: Node) -> None:
+    for member in _members(node):
+        _run_node(member, run.catalog, run.hook_manager, run.is_async, run.run_id)
+
+
 def kedro_task(node_name: str, run_key: str) -> None:
     """Run one node of a run as Kedro does: load, run, save, with its hooks."""
     run = _runs[run_key]
@@ -1555,11 +1575,7 @@ def kedro_task(node_name: str, run_key: str) -> None:
     record.attempts += 1
     record.start = datetime.now(timezone.utc)
     try:
-        if run.elsewhere:
-            run.elsewhere(node)
-        else:
-            for member in _members(node):
-                _run_node(member, run.catalog, run.hook_manager, run.is_async, run.run_id)
+        (run.elsewhere or functools.partial(_run_here, run))(node)
     except SystemExit as ended:  # a failure of this node, and no end of anything else
         code, _ = _text_of(ended)
         record.error = RuntimeError(f"Node '{node_name}' called sys.exit({code})")
@@ -2147,7 +2163,9 @@ class _Scheduler:
         self._sorter.prepare()
         self._ready: list[int] = []  # a heap of positions
         self._futures: dict[Node, Any] = {}
-        self._ended: queue.SimpleQueue[Node] = queue.SimpleQueue()
+        # Nodes that have ended, and what this thread is asked to call.
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.is_sequential = max_workers == 1
 
     def submit_ready(self) -> None:
         """Submit what is ready, as far as there are free workers."""
@@ -2165,29 +2183,51 @@ class _Scheduler:
             self._futures[node] = future
             _call_when_done(future, functools.partial(self._ended.put, node))
 
+    def have_called(self, function: Callable[[Node], None], node: Node) -> None:
+        """Have the thread that follows the run do what this one would do."""
+        done, context = cast("Future[None]", Future()), contextvars.copy_context()
+
+        def call() -> None:
+            try:
+                done.set_result(context.run(function, node))
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._ended.put(call)
+        done.result()
+
     def __iter__(self) -> Iterator[tuple[Node, Any]]:
         """Yield nodes and their futures as they end, until all have."""
-        self.submit_ready()
         for _ in self._nodes:
-            node = self._ended.get()
+            self.submit_ready()
+            while not isinstance(node := self._ended.get(), Node):
+                node()
             self._free += 1
             self._sorter.done(node)
             yield node, self._futures[node]
+
+
+def _release(node: Node, run: _Run, load_counts: Counter[str]) -> None:
+    """Release what no other node reads, as Kedro's own runners do."""
+    load_counts.subtract(node.inputs)
+    for name in {*node.inputs, *node.outputs} - run.kept:
+        if load_counts[name] < 1:
+            run.catalog.release(name)
 
 
 class PrefectRunner(SequentialRunner):
     """A Kedro runner that runs each node as a Prefect task, as soon as its inputs are there.
 
     Use it inside a Prefect flow: `KedroSession.run(runner=PrefectRunner())`, or
-    `PrefectRunner().run(pipeline, catalog, hook_manager)`. Nodes run in threads of the flow's
-    process and hand data on through the catalog; datasets are released after their last reader.
+    `PrefectRunner().run(pipeline, catalog, hook_manager)`. Nodes hand data on through the catalog;
+    datasets are released after their last reader.
 
     Args:
         is_async: Load and save the inputs and outputs of a node at the same time, in threads, as
             Kedro's runners do. Default: False.
-        max_workers: How many nodes may run at once. Default: Prefect's setting
-            `PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS` where it is set, else the number of CPUs
-            plus 4, at most 32. With 1, nodes run in Kedro's sequential order.
+        max_workers: How many nodes may run at once, side by side in threads. Default: Prefect's
+            setting `PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS` where it is set, else 1: nodes
+            run one at a time, in Kedro's order, in the thread that calls `run`.
         task_options: Options of the nodes' tasks, as in section `tasks` of prefect.yml: from node
             name, `tag:<tag>`, `namespace:<namespace>` or `default` to options of Prefect's Task.
             Default: none.
@@ -2278,13 +2318,27 @@ class PrefectRunner(SequentialRunner):
         for node, node_task in tasks.items():
             node_task.task_key = _task_key(node, run)
         max_workers = self._max_workers or engine.size
+        widest = max(map(len, layers), default=0)
+        if widest > 1 == max_workers != self._max_workers:
+            self._logger.info(
+                "%d nodes run one at a time. Up to %d could run side by side: see task_runner in"
+                " conf/base/prefect.yml, or max_workers of PrefectRunner",
+                len(tasks),
+                widest,
+            )
         done = self._resumed.items()
         earlier = {_plain_name(name): found for node, found in done for name in node.outputs}
         _runs[key] = run
         try:
             with _task_runner(max_workers) as submit:
+                scheduler = _Scheduler(pipeline, tasks, submit, max_workers, earlier)
+                if scheduler.is_sequential and _CALLED_IN_THREADS:
+                    here = functools.partial(_run_here, run)
+                    _runs[key] = run._replace(
+                        elsewhere=functools.partial(scheduler.have_called, here)
+                    )
                 try:
-                    yield _Scheduler(pipeline, tasks, submit, max_workers, earlier)
+                    yield scheduler
                 except BaseException:
                     engine.stop()  # or those that run would be waited for
                     raise
@@ -2315,11 +2369,9 @@ class PrefectRunner(SequentialRunner):
                 raise record.error
             record.state = "not run" if state.name == "NotReady" else state.name.lower()
             if completed := state.is_completed():
-                load_counts.subtract(node.inputs)  # and release, as Kedro's own runners do
-                for name in {*node.inputs, *node.outputs} - run.kept:
-                    if load_counts[name] < 1:
-                        run.catalog.release(name)
-            scheduler.submit_ready()  # before anybody logs something
+                _release(node, run, load_counts)
+            if not scheduler.is_sequential:
+                scheduler.submit_ready()  # before anybody logs something
             if not completed:
                 failed.append((node, future))
                 continue
@@ -2922,8 +2974,8 @@ def _interruptible(server: Any) -> Iterator[None]:
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGINT, end)
-        text = b"Stopping: no other node starts. Waiting for those that run;"
-        os.write(2, text + b" Ctrl-C again ends at once.\n")  # it may have come in a print
+        # Not printed: it may have come in a print.
+        os.write(2, b"Stopping: no other node starts. Ctrl-C again ends at once.\n")
         raise KeyboardInterrupt
 
     def end(*_: Any) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_outputs_come_back_as_from_kedros_runners(in_process: Server) -> None:
 def test_nodes_run_side_by_side(in_process: Server) -> None:
     meeting = threading.Barrier(2, timeout=60)
     nodes = [node(lambda: meeting.wait(), None, name, name=name) for name in ("here", "there")]
-    assert run_in_flow(nodes)[0].is_completed()
+    assert run_in_flow(nodes, max_workers=2)[0].is_completed()
 
 
 def test_a_node_starts_when_its_inputs_are_there_whatever_else_goes_on(
@@ -96,7 +97,7 @@ def test_a_node_starts_when_its_inputs_are_there_whatever_else_goes_on(
         node(give(1), None, "first_output", name="first"),
         node(second, "first_output", "second_output", name="second"),
     ]
-    assert run_in_flow(nodes)[0].is_completed()
+    assert run_in_flow(nodes, max_workers=2)[0].is_completed()
 
 
 def test_no_more_nodes_at_once_than_max_workers(in_process: Server) -> None:
@@ -146,12 +147,26 @@ def random_nodes(log: list[str], count: int = 15) -> list[Any]:
     ]
 
 
-def test_one_worker_keeps_the_order_of_kedros_sequential_runner(in_process: Server) -> None:
+def test_by_default_nodes_run_one_at_a_time_in_kedros_order_in_the_thread_of_the_flow(
+    in_process: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     expected: list[str] = []
     SequentialRunner().run(pipeline(random_nodes(expected)), DataCatalog(), _create_hook_manager())
     order: list[str] = []
-    assert run_in_flow(random_nodes(order), max_workers=1)[0].is_completed()
+    threads: set[str] = set()
+    order_and_thread = SimpleNamespace(
+        append=lambda name: (order.append(name), threads.add(threading.current_thread().name))
+    )
+    with caplog.at_level(logging.INFO, logger="kedro"):
+        assert run_in_flow(random_nodes(order_and_thread))[0].is_completed()
     assert order == expected
+    assert threads == {"MainThread"}
+    messages = [record.getMessage() for record in caplog.records]
+    [advice] = [message for message in messages if "side by side" in message]
+    assert "15 nodes run one at a time. Up to 7 could run side by side" in advice
+    assert "max_workers" in advice
+    ends = [m.removeprefix("Completed node: ") for m in messages if m.startswith("Completed node")]
+    assert ends == expected
 
 
 def test_the_longest_path_starts_first(in_process: Server) -> None:
@@ -364,7 +379,7 @@ def test_the_first_of_several_failures_is_raised(in_process: Server) -> None:
         node(second, None, "a", name="a_second"),
         node(raising(first), None, "b", name="b_first"),
     ]
-    _, [raised] = run_in_flow(nodes, hooks=hooks)
+    _, [raised] = run_in_flow(nodes, hooks=hooks, max_workers=2)
     assert raised is first
     assert [name for name, _ in hooks.errors] == ["b_first", "a_second"]
 
