@@ -52,14 +52,19 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
+THIS_FILE = Path(__file__).absolute()
+PROJECT_PATH = THIS_FILE.parent
+if __name__ == "__main__":
+    # Paths are relative to the project, as with `kedro run`. Kedro looks for conf/logging.yml when
+    # it is imported.
+    os.chdir(PROJECT_PATH)
+
 import click
 import kedro
 import prefect
 
 __version__ = "1.0.0"
 Options = dict[str, Any]
-THIS_FILE = Path(__file__).absolute()
-PROJECT_PATH = THIS_FILE.parent
 ENTRYPOINT = "register_prefect_flow.py:my_flow"
 FILTERS = (
     "tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs", "namespaces",
@@ -109,6 +114,7 @@ from kedro.pipeline.node import Node
 from kedro.pipeline.pipeline import CircularDependencyError
 from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, runtime, task
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -165,14 +171,21 @@ def _call_with_params(method: Any, options: Options) -> Any:
     return method(**{"runtime_params": options["runtime_params"]} if takes_them else {})
 
 
-def _load_catalog(session: Any, options: Options) -> tuple[Any, Any]:
-    """Return the context and the catalog of a session."""
-    context = _call_with_params(session.load_context, options)
+def _load_catalog(session: Any, context: Any, options: Options) -> Any:
+    """Make the catalog as `kedro run` does."""
     if names := _pipeline_names(options):  # whose parameters Kedro 1.7 checks
         context._pipelines_to_validate = names
     arguments = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
     arguments |= {"save_version": session.session_id, "load_versions": options["load_versions"]}
-    return context, context._get_catalog(**arguments)
+    return context._get_catalog(**arguments)
+
+
+def _copy_catalog(catalog: Any) -> Any:
+    """Copy a catalog: asking the copy for a dataset makes none in the catalog itself."""
+    copied = copy(catalog)
+    dicts = {name: copy(each) for name, each in vars(catalog).items() if isinstance(each, dict)}
+    vars(copied).update(dicts)
+    return copied
 
 
 def _run_session(session: Any, runner: SequentialRunner, options: Options) -> None:
@@ -208,11 +221,16 @@ def _is_in_memory(dataset: Any | None) -> bool:
     return dataset is None or bool(getattr(dataset, "_EPHEMERAL", old))
 
 
-# Kedro 0.18.12 renamed it.
+# Kedro 0.18.12 renamed them.
 _Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("AbstractDataSet"))
+_CachedDataset: Any = vars(kedro_io).get("CachedDataset", vars(kedro_io).get("CachedDataSet"))
 _actions: Any = importlib.import_module("prefect.client.schemas.actions")
 _make_schedule: Any = getattr(_actions, "DeploymentScheduleCreate", SimpleNamespace)
 _SEVERAL_SCHEDULES = _make_schedule is not SimpleNamespace  # since Prefect 2.16
+# Prefect 2.19 renamed them.
+_NEW_JOB_VARIABLES = (
+    "job_variables" in inspect.signature(PrefectClient.create_deployment).parameters
+)
 
 
 def _schedules(deployment: Any) -> list[Any]:
@@ -354,8 +372,9 @@ else:
             from prefect.infrastructure import Process
 
             fields["infrastructure_document_id"] = await Process()._save(is_anonymous=True)
-        if not _SEVERAL_SCHEDULES:
+        if not _NEW_JOB_VARIABLES:
             fields["infra_overrides"] = fields.pop("job_variables")
+        if not _SEVERAL_SCHEDULES:
             one = next(iter(fields.pop("schedules")), SimpleNamespace(schedule=None, active=True))
             fields["schedule"] = one.schedule
             fields["is_schedule_active"] = not fields.pop("paused", not one.active)
@@ -365,14 +384,14 @@ else:
 
 
 def _job_variables(deployment: Any) -> Options:
-    """Return the job variables of a deployment on the server, renamed in Prefect 2.16."""
+    """Return the job variables of a deployment on the server."""
     return getattr(deployment, "job_variables", getattr(deployment, "infra_overrides", None)) or {}
 
 
-def _default_max_workers() -> int:
+def _threads_that_prefect_is_set_to() -> int | None:
     # Prefect 2 lacks this setting.
     setting = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
-    return (setting and setting.value()) or 1
+    return setting and cast("int | None", setting.value())
 
 
 # ---- Errors: what a user can mend is one message without a traceback ----
@@ -597,6 +616,32 @@ def _read_credentials(session: Any, options: Options, name: str) -> Options:
     return cast("Options", found[name])
 
 
+class _Opened(NamedTuple):
+    """A project that is opened for a run, up to the catalog."""
+
+    session: Any
+    context: Any
+    pipeline: Pipeline
+
+
+_opened: list[_Opened] = []  # by --run, for the flow: Prefect hands on no objects
+
+
+def _open(options: Options, names: Iterable[str] = ()) -> _Opened:
+    """Make session, context and pipelines, in Kedro's order; of the pipelines those with names.
+
+    What a hook reads from the context may shape the pipelines: those of a run before do not do.
+    """
+    package = _bootstrap(PROJECT_PATH).package_name
+    _check_environment(options)
+    pipelines.configure(f"{package}.pipeline_registry")
+    _request_pipelines(list(names))
+    session = _open_session(options)
+    with _project_errors(f"Loading environment '{options['env']}'"):
+        context = _call_with_params(session.load_context, options)
+    return _Opened(session, context, _load_pipeline(options))
+
+
 def _load_whole_pipeline(options: Options) -> Pipeline:
     """Return all nodes of the pipelines that a run names."""
     names = _pipeline_names(options) or ["__default__"]
@@ -739,31 +784,56 @@ def _remedies(message: str, options: Options) -> Iterator[str]:
 
 def _inner(dataset: Any) -> Any:
     """Return what a cache is of."""
-    return getattr(dataset, "_dataset", dataset)
+    return dataset._dataset if isinstance(dataset, _CachedDataset) else dataset
 
 
 def _pin_versions(catalog: Any, pipeline: Pipeline, session_id: str) -> None:
     """Load what nodes save in a session, even if another run has saved since."""
-    for name in pipeline.all_outputs():
-        dataset = _inner(_get_dataset(catalog, name))
+    made = set(map(_plain_name, pipeline.all_outputs()))
+    for name in pipeline.all_inputs() | pipeline.all_outputs():
+        dataset: Any = _inner(_get_dataset(catalog, name)) if _plain_name(name) in made else None
         if version := getattr(dataset, "_version", None):
             dataset._version = type(version)(version.load or session_id, session_id)
 
 
-def _load_datasets(pipeline: Pipeline, options: Options) -> dict[str, Any | None]:
+def _load_datasets(opened: _Opened, options: Options) -> dict[str, Any | None]:
     """Make every dataset of the pipeline, as a run would; None stands for memory."""
-    try:
-        with _project_errors(f"Loading catalog and parameters of environment '{options['env']}'"):
-            _, catalog = _load_catalog(_open_session(options), options)
-            names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
-            datasets = {name: _get_dataset(catalog, name) for name in names}
-            if missing := sorted(name for name in pipeline.inputs() if datasets[name] is None):
-                problem = "No catalog entry, pattern or parameter provides pipeline input"
-                raise click.ClickException(f"{problem} {', '.join(missing)}.")
-    except click.ClickException as error:
-        message = error.message + "".join(_remedies(error.message, options))
-        raise click.ClickException(message) from error
+    session, context, pipeline = opened
+    with _project_errors(f"Loading catalog and parameters of environment '{options['env']}'"):
+        catalog = _load_catalog(session, context, options)
+        names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
+        datasets = {name: _get_dataset(catalog, name) for name in names}
+        missing = [name for name in pipeline.inputs() if datasets[name] is None]
+        if missing := sorted(name for name in missing if not _is_parameter(name)):
+            problem = "No catalog entry, pattern or parameter provides pipeline input"
+            raise click.ClickException(f"{problem} {', '.join(missing)}.")
     return datasets
+
+
+def _open_with_datasets(
+    options: Options, needed: tuple[str, ...] = ()
+) -> tuple[_Opened, dict[str, Any | None], list[str]]:
+    """Open the project and make its datasets; name the parameters that each run has to bring.
+
+    Those of runtime_params have a stand-in here, so that all else is checked.
+    """
+    params = dict(options["runtime_params"])
+    for name in needed:
+        *above, last = name.split(".")
+        inner = functools.reduce(lambda found, part: found.setdefault(part, {}), above, params)
+        inner[last] = name
+    opened = None
+    try:
+        opened = _open(options | {"runtime_params": params})
+        datasets = _load_datasets(opened, options)
+    except click.ClickException as error:
+        found = re.search(r"Runtime parameter '([^']+)' not found", error.message)
+        if found and found[1] not in needed:
+            return _open_with_datasets(options, (*needed, found[1]))
+        remedies = _remedies(error.message, options) if opened else ()
+        raise click.ClickException(error.message + "".join(remedies)) from error
+    missing = [name for name in opened.pipeline.inputs() if datasets[name] is None]
+    return opened, datasets, [*needed, *(name.removeprefix("params:") for name in missing)]
 
 
 # ---- conf/<env>/prefect.yml ----
@@ -1210,13 +1280,18 @@ class _Plan(NamedTuple):
     """What was checked, and is now going to be shown, run or registered."""
 
     metadata: ProjectMetadata
-    pipeline: Pipeline
+    opened: _Opened
     datasets: dict[str, Any | None]
     config: _Config
     section: Options  # of prefect.yml, as it was written
     deployment: _Deployment
     existing: Any = None  # the deployment of this name on the server
     pool: Any = None  # its work pool; None: it runs from this process
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The nodes that it runs."""
+        return self.opened.pipeline
 
     @property
     def full_name(self) -> str:
@@ -1308,12 +1383,13 @@ def _make_plan(
     """Check what a deployment runs; loading the catalog calls hooks."""
     metadata, config = project
     options = deployment.parameters
-    _check_environment(options)
-    pipeline = _load_pipeline(options)
-    _group(pipeline, config.task_runner.get("group_by"))  # which may fail
+    found = _open_with_datasets(options) if with_catalog else (_open(options), {}, [])
+    opened, datasets, needed = found
+    _group(opened.pipeline, config.task_runner.get("group_by"))  # which may fail
     _check_task_names(config.tasks)
-    datasets = _load_datasets(pipeline, options) if with_catalog else {}
-    return _Plan(metadata, pipeline, datasets, config, section, deployment)
+    if needed:
+        click.echo(f"Note: each run has to bring these runtime_params: {', '.join(needed)}")
+    return _Plan(metadata, opened, datasets, config, section, deployment)
 
 
 # ---- Checkpoints: what nodes hand on to others, in files of a flow run ----
@@ -1503,9 +1579,21 @@ _started: Counter[str | None] = Counter()  # task runs, by flow run
 _senders: list[threading.Thread] = []  # to Prefect; some go on when a run has ended
 
 
+def _spell(value: Any) -> str:
+    """Write a value so that equal ones read the same in each process, whatever they hold."""
+    if isinstance(value, dict):
+        items = (f"{_spell(key)}: {_spell(item)}" for key, item in value.items())
+        return f"{{{', '.join(sorted(items))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_spell, value)))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_spell, value))}]"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an object's place in memory
+
+
 def _digest(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = _spell(parts).encode(errors="backslashreplace")
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _task_key(node: Node, run: _Run) -> str:
@@ -1515,7 +1603,7 @@ def _task_key(node: Node, run: _Run) -> str:
     """
     parameters = list(filter(_is_parameter, node.inputs))
     found: Any = {name: _get_dataset(run.catalog, name) for name in (*parameters, *node.outputs)}
-    values = {name: found[name].load() for name in parameters}
+    values = {name: found[name].load() for name in parameters if found[name]}
     lasting = [name for name in node.outputs if not _is_in_memory(found[name])]
     digest = _digest(values, {name: _where(name, found[name]) for name in lasting})
     return f"node/{run.fingerprint}/{run.run_id}/{digest}/{node.name}"
@@ -1563,6 +1651,17 @@ def _bearable_errors(*logged_by: Any) -> Iterator[None]:
         raise kind(text).with_traceback(error.__traceback__) from None
 
 
+def _remove_versions(node: Node, catalog: Any) -> None:
+    """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
+    for name in node.outputs:
+        dataset = _inner(_get_dataset(catalog, name))
+        if getattr(dataset, "_version", None) and hasattr(dataset, "_fs"):
+            path = str(dataset._get_versioned_path(dataset.resolve_save_version()))
+            if dataset._exists_function(path):
+                dataset._fs.rm(path, recursive=True)
+                dataset.release()  # it remembers versions
+
+
 def _run_here(run: _Run, node: Node) -> None:
     for member in _members(node):
         _run_node(member, run.catalog, run.hook_manager, run.is_async, run.run_id)
@@ -1575,6 +1674,8 @@ def kedro_task(node_name: str, run_key: str) -> None:
     record.attempts += 1
     record.start = datetime.now(timezone.utc)
     try:
+        if record.attempts > 1:
+            _remove_versions(node, run.catalog)
         (run.elsewhere or functools.partial(_run_here, run))(node)
     except SystemExit as ended:  # a failure of this node, and no end of anything else
         code, _ = _text_of(ended)
@@ -1680,10 +1781,9 @@ def _open_run(say: Callable[[str, bytes], None], told: str) -> _Run:
                 " Update it there; if it has just been changed, start the run again."
             )
     options = job["options"]
-    _request_pipelines(_pipeline_names(options))
-    pipeline, session = _load_pipeline(options), _open_session(options)
+    session, context, pipeline = _open(options, _pipeline_names(options))
     _adopt_session_id(session, job["session_id"])
-    _, catalog = _load_catalog(session, options)
+    catalog = _load_catalog(session, context, options)
     credentials = _read_credentials(session, options, job["credentials"])
     checkpoints, grouped = (
         _Checkpoints(job["folder"], credentials),
@@ -1750,6 +1850,7 @@ def _be_child(jobs_in: int, messages_out: int) -> None:
         try:
             _runs[job["run"]] = run = _open_run(say, job["told"])
             is_open = True
+            run.records[job["node"]].attempts = job["attempts"]
             with _bearable_errors(Node.run):
                 kedro_task(job["node"], job["run"])
         except BaseException as error:  # what opening raises may refer to credentials
@@ -1811,7 +1912,8 @@ class _Child:
             while True:
                 self.messages.put(pickle.load(self.process.stdout))
         code = self.process.wait()
-        why = " (killed, perhaps for lack of memory)" if code == -signal.SIGKILL else ""
+        killed = -getattr(signal, "SIGKILL", sys.maxsize)  # Windows has no such thing
+        why = " (killed, perhaps for lack of memory)" if code == killed else ""
         self.messages.put(("died", f"with exit code {code}{why}".encode()))
 
     def gather(self) -> list[tuple[str, bytes]]:
@@ -1908,7 +2010,7 @@ def _by_value(function: Any) -> bytes:
 
 @contextmanager
 def _start_threads(_: str, __: Options) -> Iterator[_Engine]:
-    yield _Engine(_default_max_workers(), None, lambda: None)
+    yield _Engine(_threads_that_prefect_is_set_to() or 1, None, lambda: None)
 
 
 @contextmanager
@@ -2067,11 +2169,18 @@ _ENGINES: Options = dict(
 )
 
 
-def _hand_over(engine: Any, job: Options, tasks: dict[str, Options], node: Node) -> None:
+def _hand_over(
+    engine: Any,
+    job: Options,
+    tasks: dict[str, Options],
+    records: dict[str, _Record],
+    node: Node,
+) -> None:
     """Run a node on an engine; what it prints and logs there, it prints and logs here."""
     resources = _task_options(node, tasks).get("resources", {})
-    kind = ""
-    with closing(engine.send({**job, "node": node.name}, resources)) as messages:
+    kind, attempts = "", records[node.name].attempts - 1  # before this one
+    job = {**job, "node": node.name, "attempts": attempts}
+    with closing(engine.send(job, resources)) as messages:
         for kind, payload in chain.from_iterable(messages):
             if kind == "print":
                 print(payload.decode(), end="")
@@ -2259,6 +2368,7 @@ class PrefectRunner(SequentialRunner):
         self._resume = True
         self._fingerprint = ""  # of pipeline and options, in a flow run that can be retried
         self._resumed: dict[Node, Any] = {}  # what need not run: the task run that completed
+        self._keys: dict[str, str] = {}  # of nodes, before hooks have changed the catalog
 
     @property
     def _logger(self) -> logging.Logger:
@@ -2274,16 +2384,18 @@ class PrefectRunner(SequentialRunner):
         tags = used_tags & _call_api(_read_limited_tags()) if used_tags else used_tags
         grouped, key = _group(pipeline, self._group_by), uuid.uuid4().hex
         self._share(catalog, grouped)
-        if self._engine != "threads":
-            _pin_versions(catalog, pipeline, str(run_id))
+        if run_id:
+            _pin_versions(catalog, pipeline, run_id)
         with _ENGINES[self._engine](key, self._engine_options) as engine:
             told = json.dumps({**self._job, "session_id": run_id, "is_async": self._is_async})
             job = {"run": key, "script": str(THIS_FILE), "told": told}
-            elsewhere = functools.partial(_hand_over, engine, job, self._task_options or {})
+            records: defaultdict[str, _Record] = defaultdict(_Record)
+            tasks = self._task_options or {}
+            elsewhere = functools.partial(_hand_over, engine, job, tasks, records)
             nodes = {node.name: node for node in grouped.nodes}
             run = _Run(
                 nodes, catalog, hook_manager, self._is_async, run_id, self._fingerprint,
-                records=defaultdict(_Record), kept=pipeline.inputs() | pipeline.outputs(),
+                records=records, kept=pipeline.inputs() | pipeline.outputs(),
                 elsewhere=elsewhere if engine.send else None, has_previews=self._has_artifacts,
             )  # fmt: skip
             for node, done in self._resumed.items():
@@ -2316,7 +2428,7 @@ class PrefectRunner(SequentialRunner):
         layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options, tags)
         tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
         for node, node_task in tasks.items():
-            node_task.task_key = _task_key(node, run)
+            node_task.task_key = self._keys.get(node.name) or _task_key(node, run)
         max_workers = self._max_workers or engine.size
         widest = max(map(len, layers), default=0)
         if widest > 1 == max_workers != self._max_workers:
@@ -2426,15 +2538,6 @@ def _is_lost(dataset: Any) -> bool:
     return can_tell and not dataset.exists()
 
 
-def _remove_version(dataset: Any) -> None:
-    """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
-    if getattr(dataset, "_version", None) and hasattr(dataset, "_fs"):
-        path = str(dataset._get_versioned_path(dataset.resolve_save_version()))
-        if dataset._exists_function(path):
-            dataset._fs.rm(path, recursive=True)
-            dataset.release()  # it remembers versions
-
-
 def _why_again(node: Node, run: _Run, task_run: Any, datasets: dict[str, Any]) -> str:
     """Say why the earlier run of a node does not do; nothing: it does."""
     if task_run is None or not task_run.state.is_completed():
@@ -2464,40 +2567,58 @@ def _find_what_runs_again(
             if kept := ", ".join(name for name in used if _is_in_memory(datasets[name])):
                 again[maker] = f"{kept} was only in memory"
                 todo.append(maker)
-    for name in chain.from_iterable(node.outputs for node in again):
-        _remove_version(datasets[name])
+    for node in again:
+        _remove_versions(node, run.catalog)
     return again
 
 
-def _resume(session: Any, runner: PrefectRunner, options: Options) -> Options | None:
-    """Leave out what earlier attempts of this flow run have completed; None: that is all.
+def _find_earlier(runner: PrefectRunner) -> tuple[str, dict[str, Any]]:
+    """Return the session id of earlier attempts, and the last task run of each node.
 
-    All runs again where that is not known for sure.
+    Nothing where this is the first attempt, or it is not known for sure what the others did.
     """
     log, flow_run = get_run_logger(), cast("Any", FlowRunContext.get()).flow_run
     if flow_run.run_count <= 1 or not runner._resume:
-        return options
+        return "", {}
     try:  # of this process, all but kedro_init
         read = _read_task_runs(flow_run.id, expected=_started[str(flow_run.id)] - 1, patience=10)
         runs = [run for run in _call_api(read) if run.task_key.startswith("node/")]
     except Exception as error:
         log.warning("All nodes run again: the server does not say what has completed: %s", error)
-        return options
+        return "", {}
     # By attempt first: clocks can be set back.
     runs.sort(key=lambda run: (run.flow_run_run_count, run.expected_start_time or run.created))
     _, fingerprint, session_id, *_ = runs[-1].task_key.split("/") if runs else [""] * 3
     if fingerprint != runner._fingerprint:
         changed = "parameters or nodes are others than before" if runs else "none has been run"
         log.warning("All nodes run again: %s", changed)
-        return options
-    last = {run.task_key.split("/", 4)[4]: run for run in runs if f"/{session_id}/" in run.task_key}
-    _adopt_session_id(session, session_id)
-    context, catalog = _load_catalog(session, options)
+        return "", {}
+    ours = [run for run in runs if f"/{session_id}/" in run.task_key]
+    return session_id, {run.task_key.split("/", 4)[4]: run for run in ours}
+
+
+def _resume(opened: _Opened, runner: PrefectRunner, options: Options) -> Options | None:
+    """Leave out what earlier attempts of this flow run have completed; None: that is all."""
+    log, (session_id, last) = get_run_logger(), _find_earlier(runner)
+    session, context, whole = opened
+    if session_id:
+        _adopt_session_id(session, session_id)
+    made = _load_catalog(session, context, options)
     session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
-    context._get_catalog = lambda **_: catalog
-    pipeline = _group(_load_pipeline(options), runner._group_by)
+    context._get_catalog = lambda **_: made
+    # Hooks that session.run calls get the catalog as it is, and what they change is in no key.
+    pipeline, catalog = _group(whole, runner._group_by), _copy_catalog(made)
+    records: defaultdict[str, _Record] = defaultdict(_Record)
+    run = _Run(
+        {}, catalog, None, False, session.session_id, runner._fingerprint, records, kept=set()
+    )
+    if not last:
+        with suppress(Exception):  # in session.run Kedro says what is wrong, and calls its hook
+            runner._share(catalog, pipeline)
+            runner._keys = {node.name: _task_key(node, run) for node in pipeline.nodes}
+        return options
     runner._share(catalog, pipeline)
-    run = _Run({}, catalog, None, False, session_id, fingerprint, defaultdict(_Record), set())
+    runner._keys = {node.name: _task_key(node, run) for node in pipeline.nodes}
     again = _find_what_runs_again(pipeline, run, last)
     runner._resumed = {node: last[node.name] for node in pipeline.nodes if node not in again}
     completed = sum(run.state.is_completed() for run in last.values())
@@ -2685,10 +2806,8 @@ def kedro_init(options: Options) -> Any:
     logger.info("Bootstrapping project")
     with _bearable_errors():
         metadata = _bootstrap(PROJECT_PATH)
-        _request_pipelines(_pipeline_names(options))
-        _check_environment(options)
-        nodes = _load_pipeline(options).nodes
-        session = _open_session(options)
+        opened = _opened.pop() if _opened else _open(options, _pipeline_names(options))
+        session, nodes = opened.session, opened.pipeline.nodes
         # Kedro names versions by the millisecond, in which another flow run may start as well.
         digits = f"{uuid.UUID(str(runtime.flow_run.id)).int % 1000:03}Z"
         _adopt_session_id(session, re.sub(r"(?<=\.\d{3})Z$", digits, session.session_id))
@@ -2700,6 +2819,9 @@ def kedro_init(options: Options) -> Any:
     section = config.task_runner
     own = {name: section.pop(name) for name in ("is_async", "max_workers") if name in section}
     group_by = section.pop("group_by", None)
+    if section.get("type") == "threads":  # which asks for nodes side by side
+        several = _threads_that_prefect_is_set_to() or min(32, (os.cpu_count() or 1) + 4)
+        own.setdefault("max_workers", several)
     runner = PrefectRunner(**own, task_options=config.tasks)
     runner._resume, runner._engine = section.pop("resume", True), section.pop("type", "threads")
     runner._engine_options, runner._group_by = section, group_by
@@ -2715,19 +2837,22 @@ def kedro_init(options: Options) -> Any:
         }  # fmt: skip
         if runner._engine != "threads":
             runner._job["same"] = _same_everywhere(metadata)
-    return session, runner
+    return opened, runner
 
 
 def _run_pipeline(options: Options) -> dict[str, str]:
     """Do what `kedro run` does, and return where each output lives."""
     get_run_logger().info("Initializing Kedro...")
     with _bearable_errors(kedro_task, kedro_init.fn):
+        if _CALLED_IN_THREADS and not _opened:  # nodes use what their modules have made: a database
+            with suppress(click.ClickException):  # connection belongs to the thread that made it
+                _opened.append(_open(options, _pipeline_names(options)))
         initialized: Any = kedro_init(options)
-        session, runner = initialized
+        opened, runner = initialized
         try:
-            with _logs_to_prefect(), session:
-                if left := _resume(session, runner, options):
-                    _run_session(session, runner, left)
+            with _logs_to_prefect(), opened.session:
+                if left := _resume(opened, runner, options):
+                    _run_session(opened.session, runner, left)
             _end_checkpoints(runner._checkpoints, completed=True)
             _give_account(runner, None)
         except Exception as error:
@@ -3040,6 +3165,7 @@ def _run_now(plan: _Plan) -> None:
         _interruptible(server),
         _terminal_progress(len(plan.pipeline.nodes)),
     ):
+        _opened.append(plan.opened)
         with suppress(KeyboardInterrupt):
             state = my_flow(**plan.deployment.parameters, return_state=True)
         for sender in _senders:  # before the server stops
@@ -3198,5 +3324,4 @@ def prefect_deploy(
 
 
 if __name__ == "__main__":
-    os.chdir(PROJECT_PATH)  # as with `kedro run`, nodes may read and write relative to the project
     prefect_deploy()

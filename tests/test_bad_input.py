@@ -197,7 +197,6 @@ CASES = [
              "(?s)failed.*c"),
     registry("return {'__default__': pipeline([node(len, 'nope', 'c')])}",
              "provides pipeline input nope.*Add it to conf/base"),
-    registry("return {'__default__': pipeline([node(len, 'params:nope', 'c')])}", "(?s)nope"),
     file("conf/base/catalog.yml", "numbers: [", "(?s)catalog"),
     file("conf/base/catalog.yml", "numbers: {filepath: a}", "(?s)numbers.*type"),
     file("conf/base/catalog.yml", "numbers: {type: nope.Dataset}", "(?s)nope.Dataset"),
