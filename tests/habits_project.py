@@ -47,6 +47,25 @@ lines:
   type: tiny.datasets.Lines
   filepath: data/lines.txt
 
+model:
+  type: pickle.PickleDataset
+  filepath: data/model.pickle
+  versioned: true
+
+first_chunk:
+  type: json.JSONDataset
+  filepath: data/first_chunk.json
+  versioned: true
+
+told:
+  type: json.JSONDataset
+  filepath: data/told.json
+  versioned: true
+
+scores:
+  type: tiny.datasets.AwayAtFirst
+  filepath: data/scores.txt
+
 named:
   type: tiny.datasets.Named
   filepath: data/named.txt
@@ -122,6 +141,17 @@ class Lines(AbstractDataset):
 
     def _describe(self):
         return {"filepath": self._filepath}
+
+
+class AwayAtFirst(Lines):
+    """Cannot be reached the first time."""
+
+    def _save(self, data):
+        first = Path("was_away")
+        if not first.exists():
+            first.touch()
+            raise ConnectionError("the database is away")
+        super()._save(data)
 
 
 class Named(Lines):
@@ -313,8 +343,51 @@ def read_middle(middle, written):
     return middle
 
 
+def note(name):
+    with open("ran.txt", "a") as file:
+        file.write(name + " ")
+
+
 def to_name():
+    note("to_name")
     return "a name"
+
+
+def train(numbers):
+    return {"model": sum(numbers)}, len(numbers)
+
+
+def yield_and_fail(numbers):
+    yield {"chunk": sum(numbers)}
+    if not Path("yielded").exists():
+        Path("yielded").touch()
+        raise RuntimeError("after the first chunk")
+
+
+def tell(numbers):
+    return numbers
+
+
+def use_late(late):
+    note("use_late")
+    return late
+
+
+def fail_once(read, late):
+    note("fail_once")
+    if not Path("failed").exists():
+        Path("failed").touch()
+        raise RuntimeError("the first time")
+    return [read, late]
+
+
+def rest(seconds):
+    def sleep():
+        note(f"rest{seconds}")
+        time.sleep(seconds)
+        return seconds
+
+    return sleep
 
 
 def from_name(lines):
@@ -388,6 +461,23 @@ def register_pipelines():
             node(nodes.someone_else_writes, "middle", "written", name="someone_else_writes"),
             node(nodes.read_middle, ["middle", "written"], "own_version", name="read_middle"),
         ]),
+        "trips": pipeline([
+            node(nodes.train, "numbers", ["model", "scores"], name="train"),
+            node(nodes.yield_and_fail, "numbers", "first_chunk", name="yield_and_fail"),
+            node(nodes.tell, "numbers", "told", name="tell"),
+        ]),
+        "late": pipeline([
+            node(nodes.to_name, None, "named", name="to_name"),
+            node(nodes.use_late, "params:late", "keyed", name="use_late"),
+            node(nodes.fail_once, ["named", "keyed"], "hooked", name="fail_once"),
+        ]),
+        "rests": pipeline([
+            node(nodes.rest(60), None, "rested", name="rest"),
+            node(lambda _: nodes.note("after"), "rested", None, name="after"),
+        ]),
+        "brought": pipeline([
+            node(lambda reason: [reason], "params:reason", "of_day", name="bring"),
+        ]),
         "names": pipeline([
             node(nodes.to_name, None, "named", name="to_name"),
             node(nodes.from_name, "named", "read_named", name="from_name"),
@@ -403,6 +493,8 @@ HOOKS = (Habits(),)
 """
 
 HOOKS = f"""\
+from pathlib import Path
+
 from kedro import io
 from kedro.framework.hooks import hook_impl
 
@@ -424,6 +516,19 @@ class Habits:
             catalog.add("params:chosen", chosen)
         else:  # Kedro 1.0
             catalog["params:chosen"] = chosen
+
+    @hook_impl
+    def before_pipeline_run(self, catalog):
+        if hasattr(catalog, "add"):
+            catalog.add("params:late", MemoryDataset("late"), replace=True)
+        else:
+            catalog["params:late"] = MemoryDataset("late")
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name):
+        if dataset_name == "told" and not Path("was_told").exists():
+            Path("was_told").touch()
+            raise RuntimeError("after the save")
 
     @hook_impl
     def before_node_run(self, node):
