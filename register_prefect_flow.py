@@ -2294,6 +2294,9 @@ class _Scheduler:
 
     def have_called(self, function: Callable[[Node], None], node: Node) -> None:
         """Have the thread that follows the run do what this one would do."""
+        if self._tasks[node].timeout_seconds:  # Prefect 2 can stop it in its task's own thread only
+            function(node)
+            return
         done, context = cast("Future[None]", Future()), contextvars.copy_context()
 
         def call() -> None:
@@ -2607,7 +2610,8 @@ def _resume(opened: _Opened, runner: PrefectRunner, options: Options) -> Options
     session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
     context._get_catalog = lambda **_: made
     # Hooks that session.run calls get the catalog as it is, and what they change is in no key.
-    pipeline, catalog = _group(whole, runner._group_by), _copy_catalog(made)
+    pipeline = _group(whole, runner._group_by)
+    catalog = made if last else _copy_catalog(made)
     records: defaultdict[str, _Record] = defaultdict(_Record)
     run = _Run(
         {}, catalog, None, False, session.session_id, runner._fingerprint, records, kept=set()

@@ -208,7 +208,6 @@ CASES = [
     file("conf/base/catalog.yml", "numbers: {type: json.JSONDataset, filepath: '${oc.env:NOPE_}'}",
          "(?s)oc.env.*numbers.filepath"),
     file("conf/base/parameters.yml", "factor: [", "(?s)parameters"),
-    file("conf/base/parameters.yml", "pause: 0", "(?s)factor"),
 ]  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Versions: the floor is checked first, and each adapter gives the same in every lane."""
 
 import asyncio
-import os
 import shutil
 import ssl
 import sys
@@ -120,13 +119,13 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
     assert session.name == passed_on
 
 
-def test_max_workers_default_to_prefects_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert register_prefect_flow._default_max_workers() == min(32, os.cpu_count() + 4)
+def test_nodes_run_one_at_a_time_unless_prefects_setting_says_more() -> None:
+    assert register_prefect_flow._threads_that_prefect_is_set_to() is None
     name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
-    code = "import register_prefect_flow as r; print(r._default_max_workers())"
+    code = "import register_prefect_flow as r; print(r._threads_that_prefect_is_set_to())"
     printed = run(sys.executable, "-c", code, cwd=SCRIPT.parent, env={name: "7"}).stdout
     has_setting = getattr(prefect.settings, name, None) is not None
-    assert printed.split()[-1] == str(7 if has_setting else min(32, os.cpu_count() + 4))
+    assert printed.split()[-1] == ("7" if has_setting else "None")
 
 
 def test_calls_of_the_client_work_inside_an_event_loop() -> None:

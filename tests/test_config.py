@@ -308,7 +308,8 @@ def plan_of(*nodes: Any, **options: Any) -> Any:
     deployment = script._read_deployment("any", {}, {}, {**OPTIONS, **options})
     metadata = SimpleNamespace(project_name="Any")
     config = script._Config({}, [], {}, {}, {})
-    return script._Plan(metadata, pipeline([*nodes]), {}, config, {}, deployment)
+    opened = script._Opened(None, None, pipeline([*nodes]))
+    return script._Plan(metadata, opened, {}, config, {}, deployment)
 
 
 @pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb", "_a_ <b> *c*", "[a](b)", "ä ö", "a\\|b"])
@@ -318,7 +319,8 @@ def test_each_node_is_one_row_of_the_description(name: str) -> None:
 
     nodes = [OddNode(name=name, inputs=[name, "second"], outputs=[name])]
     odd = SimpleNamespace(nodes=nodes, grouped_nodes=[nodes], node_dependencies={nodes[0]: set()})
-    plan = plan_of(node(len, "a", "b", name="any"))._replace(pipeline=odd)
+    opened = register_prefect_flow._Opened(None, None, odd)
+    plan = plan_of(node(len, "a", "b", name="any"))._replace(opened=opened)
     described = register_prefect_flow._describe(plan)
     [row] = [line for line in described.splitlines() if line.startswith("| 1 |")]
     unescaped = re.sub(r"\\.", "", row)  # what a backslash stands before is no markup

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from conftest import PREFECT_3, copy_in, eventually, register, run, stop
 from tiny_project import write_tiny_project
 
@@ -91,15 +92,22 @@ def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
             stop(process)
 
 
-def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_workers", [None, 2])
+def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(
+    tmp_path: Path, max_workers: int | None
+) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))
+    if max_workers:
+        config = f"task_runner: {{max_workers: {max_workers}}}\n"
+        (project / "conf/base/prefect.yml").write_text(config)
     code, output, left = interrupt(project, tmp_path / "home", times=1)
     assert code == 130, output
     assert not left
     assert "Stopped by Ctrl-C." in output
     assert "Traceback" not in output
-    if PREFECT_3:  # Prefect 2 stops a node between two lines of Python
-        assert (project / "ended.txt").exists(), "the running node was not waited for"
+    if PREFECT_3 or not max_workers:  # Prefect 2 stops a thread between two lines of Python
+        waited_for = (project / "ended.txt").exists()
+        assert waited_for is bool(max_workers), "in threads nodes are waited for"
     assert not (project / "late.txt").exists()
     with closing(sqlite3.connect(tmp_path / "home/prefect.db")) as database:
         [[state]] = database.execute("select state_type from flow_run")

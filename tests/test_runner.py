@@ -163,7 +163,7 @@ def test_by_default_nodes_run_one_at_a_time_in_kedros_order_in_the_thread_of_the
     assert threads == {"MainThread"}
     messages = [record.getMessage() for record in caplog.records]
     [advice] = [message for message in messages if "side by side" in message]
-    assert "15 nodes run one at a time. Up to 7 could run side by side" in advice
+    assert "15 nodes run one at a time. Up to 5 could run side by side" in advice
     assert "max_workers" in advice
     ends = [m.removeprefix("Completed node: ") for m in messages if m.startswith("Completed node")]
     assert ends == expected

@@ -174,6 +174,31 @@ def overhead(pipeline: str, rounds: int) -> Rounds:
     ]
 
 
+def default(pipeline: str, rounds: int) -> Rounds:
+    """Nodes that do nothing, one at a time: ours, Kedro alone, and Prefect's tasks called."""
+
+    @task(persist_result=False)
+    def nothing() -> None:
+        return None
+
+    def call_all() -> None:
+        for _ in range(count(pipeline)):
+            nothing(return_state=True)
+
+    def run_bare_one_by_one() -> float:
+        return in_flow(call_all, count(pipeline))
+
+    run_ours(pipeline, env="default"), run_kedro(pipeline), run_bare_one_by_one()
+    return [
+        {
+            "kedro, plain lines": run_kedro(pipeline, logging.getLogger().handlers),
+            "ours": run_ours(pipeline, env="default"),
+            "bare": run_bare_one_by_one(),
+        }
+        for _ in range(rounds)
+    ]
+
+
 def growth(pipeline: str) -> dict[str, float]:
     """Time and memory per node."""
     run_ours("grid_100_0")

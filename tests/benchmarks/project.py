@@ -130,6 +130,7 @@ def write_project(path: Path, script: Path) -> Path:
         "conf/base/catalog.yml": catalog,
         "conf/base/parameters.yml": PARAMETERS,
         "conf/base/prefect.yml": PREFECT_YML,
+        "conf/default/prefect.yml": "task_runner: {is_async: false}\n",  # one node at a time
         "conf/local/.gitkeep": "",
         **{f"conf/{name}/prefect.yml": ENGINE.format(name, keys) for name, keys in ENGINES.items()},
         "data/.gitkeep": "",

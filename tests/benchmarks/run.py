@@ -125,6 +125,15 @@ def overhead(bench: Bench, count: int) -> Rows:
     )
 
 
+def default(bench: Bench) -> Rows:
+    rounds = bench.measure("default", "grid_100_0", rounds=ROUNDS)
+    what = "100 nodes that do nothing, one at a time (the default)"
+    reference = (
+        "`kedro run` that prints plainly, plus bare Prefect tasks called one after the other"
+    )
+    yield row(what, reference, 1.05, ratio(rounds, "ours", "kedro, plain lines", "bare"))
+
+
 def makespan(bench: Bench, milliseconds: int, target: float) -> Rows:
     for shape in SHAPES:
         pipeline = f"{shape}_100_{milliseconds}"
@@ -257,6 +266,7 @@ def checkpoint(bench: Bench) -> Rows:
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
+    "default": default,
     "overhead-100": lambda bench: overhead(bench, 100),
     "overhead-1000": lambda bench: overhead(bench, 1000),
     "makespan-100": lambda bench: makespan(bench, 100, target=1.13),
