@@ -391,7 +391,7 @@ def _job_variables(deployment: Any) -> Options:
 def _threads_that_prefect_is_set_to() -> int | None:
     # Prefect 2 lacks this setting.
     setting = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
-    return setting and cast("int | None", setting.value())
+    return cast("int | None", setting.value()) if setting is not None else None
 
 
 # ---- Errors: what a user can mend is one message without a traceback ----

@@ -116,6 +116,7 @@ def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))
+    (project / "conf/base/prefect.yml").write_text("task_runner: {max_workers: 2}\n")
     code, output, left = interrupt(project, tmp_path / "home", times=2)
     assert code == 130, output
     assert not left
