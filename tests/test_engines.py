@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -749,7 +750,8 @@ def test_a_node_whose_end_is_not_heard_of_has_not_completed() -> None:
 
     engine = script._Engine(1, send, lambda: None)
     with pytest.raises(RuntimeError, match="What node 'a' said last was lost on its way"):
-        script._hand_over(engine, {}, {}, node(len, "x", "y", name="a"))
+        records = defaultdict(script._Record)
+        script._hand_over(engine, {}, {}, records, node(len, "x", "y", name="a"))
 
 
 @contextmanager
