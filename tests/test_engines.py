@@ -749,8 +749,8 @@ def test_a_node_whose_end_is_not_heard_of_has_not_completed() -> None:
         yield [("print", b"the last that comes\n")]
 
     engine = script._Engine(1, send, lambda: None)
+    records = defaultdict(script._Record)
     with pytest.raises(RuntimeError, match="What node 'a' said last was lost on its way"):
-        records = defaultdict(script._Record)
         script._hand_over(engine, {}, {}, records, node(len, "x", "y", name="a"))
 
 
