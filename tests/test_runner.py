@@ -157,6 +157,7 @@ def test_by_default_nodes_run_one_at_a_time_in_kedros_order_in_the_thread_of_the
     order_and_thread = SimpleNamespace(
         append=lambda name: (order.append(name), threads.add(threading.current_thread().name))
     )
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="kedro"):
         assert run_in_flow(random_nodes(order_and_thread))[0].is_completed()
     assert order == expected
