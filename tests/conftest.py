@@ -66,7 +66,7 @@ def run(
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "PWD": str(cwd), **(env or {})},  # as a shell does
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

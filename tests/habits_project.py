@@ -92,6 +92,9 @@ JSON = [
     "made_sum",
     "own_version",
     "read_named",
+    "late_sum",
+    "late_text",
+    "started",
 ]
 for _name in JSON:
     CATALOG += f"\n{_name}:\n  type: json.JSONDataset\n  filepath: data/{_name}.json\n"
@@ -179,8 +182,8 @@ import numpy as np
 import pandas as pd
 from prefect import flow
 
-connection = sqlite3.connect(":memory:")
-connection.execute("create table numbers (number integer)")
+connection = sqlite3.connect("habits.db", isolation_level=None)
+connection.execute("create table if not exists numbers (number integer)")
 
 
 def plot(number):
@@ -390,6 +393,26 @@ def rest(seconds):
     return sleep
 
 
+def start_and_leave():
+    # What goes on when the node has ended, and holds the run's output open.
+    import multiprocessing
+    import subprocess
+    import sys
+
+    import joblib
+
+    started = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid]
+    started += joblib.Parallel(n_jobs=2)(joblib.delayed(os.getpid)() for _ in range(4))
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    fork.start()
+    multiprocessing.process._children.discard(fork)  # or it would be waited for
+    pids = sorted({*started, fork.pid})
+    Path("pids.txt").write_text(" ".join(map(str, pids)))
+    if Path("wait").exists():
+        time.sleep(600)
+    return len(pids)
+
+
 def from_name(lines):
     return lines
 """
@@ -478,6 +501,13 @@ def register_pipelines():
         "brought": pipeline([
             node(lambda reason: [reason], "params:reason", "of_day", name="bring"),
         ]),
+        "handed on": pipeline([
+            node(sum, "late_in", "late_sum", name="sum_late"),
+            node(lambda late: late, "params:late", "late_text", name="late_text"),
+        ]),
+        "leaving": pipeline([
+            node(nodes.start_and_leave, None, "started", name="start_and_leave"),
+        ]),
         "names": pipeline([
             node(nodes.to_name, None, "named", name="to_name"),
             node(nodes.from_name, "named", "read_named", name="from_name"),
@@ -521,8 +551,10 @@ class Habits:
     def before_pipeline_run(self, catalog):
         if hasattr(catalog, "add"):
             catalog.add("params:late", MemoryDataset("late"), replace=True)
+            catalog.add("late_in", MemoryDataset([1, 2, 3]), replace=True)
         else:
             catalog["params:late"] = MemoryDataset("late")
+            catalog["late_in"] = MemoryDataset([1, 2, 3])
 
     @hook_impl
     def after_dataset_saved(self, dataset_name):
@@ -540,7 +572,7 @@ HABITS = {
     name: ["--pipeline", name]
     for name in (
         *KINDS, "signals", "warnings", "asyncio", "flows", "variables", "databases", "caches",
-        "lazy", "incremental", "tables", "generators", "hooks", "lambdas", "keys", "names",
+        "lazy", "incremental", "tables", "generators", "hooks", "lambdas", "keys", "names", "handed on",
     )
 }  # fmt: skip
 HABITS["one copy"] = ["--pipeline", "copies"]
@@ -557,6 +589,7 @@ def write_habits_project(path: Path) -> Path:
         "conf/base/parameters.yml": PARAMETERS,
         "conf/base/credentials.yml": "database:\n  con: sqlite:///numbers.db\n",
         "conf/processes/prefect.yml": "task_runner: {type: processes, max_workers: 2}\n",
+        "conf/dask/prefect.yml": "task_runner: {type: dask, n_workers: 2, threads_per_worker: 1}\n",
         "conf/threads/prefect.yml": "task_runner: {max_workers: 4}\n",
         "src/tiny/datasets.py": DATASETS,
         "src/tiny/hooks_of_habits.py": HOOKS,

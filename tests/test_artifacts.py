@@ -1,4 +1,4 @@
-"""What Prefect's UI shows of a pipeline and its runs: drawing, account, previews, progress."""
+"""What Prefect's UI shows of a pipeline and its runs: drawing, account, previews."""
 
 import base64
 import json
@@ -14,8 +14,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from conftest import PREFECT_3, Server, register
-from features_project import KEDRO
+from conftest import Server, register
 from kedro.pipeline import node, pipeline
 from test_engines import Proxy
 
@@ -69,19 +68,10 @@ def test_a_pipeline_is_drawn_from_left_to_right() -> None:
     assert right + 7 * len("last") <= float(drawn.attrib["width"])
 
 
-def test_a_large_pipeline_is_drawn_by_its_namespaces() -> None:
-    nodes = [node(keep, "in", f"out{i}", name=f"n{i}", namespace=f"s{i % 3}") for i in range(301)]
-    text = script._picture(pipeline(nodes), {"s1.n7": "failed"})
-    if KEDRO < (1,):
-        assert text == "301 nodes, which are too many to draw."
-    else:
-        places = boxes(picture(text))
-        assert {name: fill for name, (_, _, fill) in places.items()} == {
-            "s0": script._COLOURS[""], "s1": script._COLOURS["failed"], "s2": script._COLOURS[""],
-        }  # fmt: skip
-    alone = [node(keep, "in", f"out{i}", name=f"n{i}") for i in range(301)]
-    assert script._picture(pipeline(alone), {}) == "301 nodes, which are too many to draw."
-    assert len(boxes(picture(script._picture(pipeline(alone[:300]), {})))) == 300
+def test_a_large_pipeline_is_not_drawn() -> None:
+    nodes = [node(keep, "in", f"out{i}", name=f"n{i}") for i in range(301)]
+    assert script._picture(pipeline(nodes), {}) == "301 nodes, which are too many to draw."
+    assert len(boxes(picture(script._picture(pipeline(nodes[:300]), {})))) == 300
 
 
 def test_keys_of_artifacts_are_valid_and_no_two_are_the_same() -> None:
@@ -92,7 +82,6 @@ def test_keys_of_artifacts_are_valid_and_no_two_are_the_same() -> None:
         "me-trics",
         "me.trics",
         "run",
-        "progress",
         "ü",
         "_",
         "x" * 300,
@@ -178,10 +167,7 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
         for artifact in server.post("/artifacts/filter", {})
         if artifact["flow_run_id"] == flow_run["id"] and artifact["key"]
     }
-    progress = {"tiny-progress"} if PREFECT_3 else set()
-    assert found.keys() == {"tiny-run", "tiny-table"} | progress
-    if PREFECT_3:
-        assert found["tiny-progress"]["data"] == pytest.approx(600 / 7)
+    assert found.keys() == {"tiny-run", "tiny-table"}
     table = found["tiny-table"]["data"]
     assert "| name \\| x | value |\n| --- | --- |\n| &lt;b&gt;one&lt;/b&gt; | 1 |\n" in table
     assert "two" not in table
@@ -189,19 +175,15 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
         assert re.search(rf"No preview of '{name}' in Prefect: .*{why}", output)
     account = found["tiny-run"]["data"]
     assert "has failed" in account.splitlines()[0]
-    assert "````\nValueError: no ``` such\n# thing\n````" in account
+    assert "\n    ValueError: no ``` such\n    # thing\n" in account
     assert "--from-nodes" in account
-    assert "7 nodes: 6 completed, 1 failed;" in account
+    assert "7 nodes: 6 completed, 1 failed\n" in account
     fills = {name: fill for name, (_, _, fill) in boxes(picture(account)).items()}
     assert fills == {
         name: script._COLOURS["failed" if name == "fails" else "completed"] for name in fills
     }
     row = next(line for line in account.splitlines() if line.startswith("| again "))
-    assert re.match(
-        r"\| again \| completed \| \d\d:\d\d:\d\d \| 4\.\d \| 1 \| first<br>→ second", row
-    )
-    assert "| table | CSVDataset data/table.csv |" in account.replace("CSVDataSet", "CSVDataset")
-    assert re.search(r"\n +4\.\d s  wait  completed\n", done.stdout)
+    assert re.match(r"\| again \| completed \| 4\.\d \| first<br>→ second", row)
 
 
 def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: Server) -> None:
@@ -224,7 +206,7 @@ def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: S
     os.close(screen)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
     assert process.wait(timeout=60) == 0, text
-    assert re.search(r"\d of 4 nodes completed; running: [\w, ]*\bdouble\b", text)
+    assert re.search(r"[123] of 4 nodes completed", text)
     for name in ("double", "scale", "add", "report"):
         assert len(re.findall(rf"Completed node: {name}\b", text)) == 1
 
@@ -266,7 +248,7 @@ class Refusing(Proxy):
             target.shutdown(socket.SHUT_WR)
 
 
-def test_a_server_that_refuses_artifacts_and_log_lines_is_a_warning(
+def test_a_server_that_refuses_artifacts_and_log_lines_ends_no_run(
     project: Path, server: Server
 ) -> None:
     proxy = Refusing(server.port)
@@ -276,4 +258,3 @@ def test_a_server_that_refuses_artifacts_and_log_lines_is_a_warning(
     assert done.returncode == 0, done.stdout + done.stderr
     output = done.stdout + done.stderr
     assert re.search("No account of this run in Prefect: .*403", output)
-    assert re.search(r"\d\d log lines are not in Prefect: .*403", output)

@@ -2,10 +2,7 @@
 
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,10 +18,8 @@ from conftest import (
     PREFECT_3,
     SCRIPT,
     Server,
-    eventually,
     register,
     schedules_of,
-    stop,
 )
 
 from register_prefect_flow import prefect_deploy
@@ -255,22 +250,9 @@ def test_deployment_name_that_prefect_refuses(name: str) -> None:
     assert f"Deployment name '{name}' is refused by Prefect" in done.output
 
 
-@pytest.mark.skipif(PREFECT_3, reason="Prefect 3 can serve")
-def test_serve_on_prefect_2() -> None:
-    done = CliRunner().invoke(prefect_deploy, ["--serve"])
-    assert done.exit_code == 1
-    assert "--serve needs Prefect 3" in done.output
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run", "--serve"], "--run and --serve exclude each other"),
-        (["--run", "--all_deployments"], "--run and --all_deployments exclude each other"),
-        (
-            ["--all_deployments", "--deployment_name", "a"],
-            "--all_deployments and --deployment_name exclude each other",
-        ),
         (["--run", "--work_pool_name", "x"], "--work_pool_name is for work pools"),
         (["--run", "--logging_level", "INFO"], "Set PREFECT_LOGGING_LEVEL instead"),
         (["--logging_level", "LOUD"], "LOUD"),
@@ -284,20 +266,14 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert message in done.output
 
 
-@pytest.mark.parametrize("variable", ["DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY", None])
-def test_telemetry_without_a_decision(project: Path, variable: str | None) -> None:
+@pytest.mark.skipif(
+    int(version("kedro-telemetry").split(".")[1]) >= 6, reason="newer ones do not ask"
+)
+def test_telemetry_without_a_decision(project: Path) -> None:
     (project / ".telemetry").unlink()
-    env = {"DO_NOT_TRACK": "", **({variable: "1"} if variable else {})}
-    asks = int(version("kedro-telemetry").split(".")[1]) < 6
-    if asks:
-        message = refused(project, None, "--run", "--dry_run", env=env)
-        assert "would stop every flow run to ask for consent" in message
-        assert "cp .telemetry.example .telemetry" in message
-        return
-    done = register(project, None, "--run", "--dry_run", env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    warned = "cp .telemetry.example .telemetry" in done.stdout
-    assert warned is (variable is None)
+    message = refused(project, None, "--run", "--dry_run")
+    assert "would stop every flow run to ask for consent" in message
+    assert "cp .telemetry.example .telemetry" in message
 
 
 def test_dry_run_shows_layers_and_datasets_and_registers_nothing(
@@ -330,7 +306,7 @@ def test_dry_run_shows_layers_and_datasets_and_registers_nothing(
 
 def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
     (project / "conf/base/prefect.yml").write_text(
-        "tasks: {'tag:heavy': {retries: 2}}\ndeployments: [{name: a, paused: true}]\n"
+        "tasks: {'tag:heavy': {retries: 2}}\ntask_runner: {max_workers: 2}\n"
     )
     arguments = ("--tags", "heavy", "--params", "factor=5,a.b=2", "--deployment-name", "a")
     done = register(project, None, "--run", "--dry-run", *arguments)
@@ -343,10 +319,10 @@ def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
         "Layer 1",
         "  scale: numbers, params:factor, params:pause -> scaled  {'retries': 2}",
     ]
-    assert plan[-2:] == ["deployment.name: a", "deployment.paused: True"]
+    assert plan[-1] == "task_runner.max_workers: 2"
 
 
-def test_the_form_explains_and_offers(project: Path, server: Server, idle_pool: str) -> None:
+def test_the_form_explains(project: Path, server: Server, idle_pool: str) -> None:
     done = register(project, server, "--work_pool_name", idle_pool)
     assert done.returncode == 0, done.stdout + done.stderr
     path = f"/deployments/{re.search(r'with id (.+)', done.stdout)[1]}"
@@ -361,12 +337,6 @@ def test_the_form_explains_and_offers(project: Path, server: Server, idle_pool: 
         )
     for name in ("runtime_params", "load_versions"):
         assert properties[name]["type"] == "object"
-    if PREFECT_3:
-        offered, any_other = properties["pipeline_name"]["anyOf"]
-        assert offered["enum"] == ["__default__", "broken", "empty"]
-        assert properties["env"]["anyOf"][0]["enum"] == ["base", "local"]
-        assert any_other["type"] == "string", "or an old list would be a trap"
-        assert (offered["title"], any_other["title"]) == ("one of these", "any other")
 
 
 def test_what_is_printed_after_registering_works(
@@ -421,26 +391,3 @@ def test_registering_again_updates_in_place_and_keeps_what_was_set_in_the_ui(
     assert schedules_of(again) == schedules_of(before)
     assert len(schedules_of(again)) == 1
     assert schedules_of(again)[0][0]["cron"] == "0 6 * * *"
-
-
-@pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 cannot serve")
-def test_serve_runs_what_is_asked_for_until_ctrl_c(project: Path, server: Server) -> None:
-    script = project / "register_prefect_flow.py"
-    command = [sys.executable, script, "--serve", "--deployment_name", "served"]
-    env = {**server.env, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
-    process = server.start(command, "serve", cwd=project.parent, env=env)
-    try:
-        eventually(
-            lambda: any(d["name"] == "served" for d in server.post("/deployments/filter", {}))
-        )
-        flow_run = server.finished(server.start_run("tiny/served"))
-        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
-        assert (project / "data/total.json").exists()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
-    except (AssertionError, subprocess.TimeoutExpired):
-        print((server.folder / "serve.log").read_text())
-        raise
-    finally:
-        stop(process)
-    assert "Traceback" not in (server.folder / "serve.log").read_text()

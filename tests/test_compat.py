@@ -2,15 +2,10 @@
 
 import asyncio
 import shutil
-import ssl
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import kedro
 import prefect
 import pytest
@@ -18,7 +13,6 @@ from conftest import KEDRO_1, PREFECT_3, SCRIPT, MemoryDataset, run
 from kedro.framework.hooks.manager import _create_hook_manager
 from kedro.io import DataCatalog
 from kedro.pipeline import node
-from prefect import settings
 
 import register_prefect_flow
 
@@ -120,9 +114,10 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
 
 
 def test_nodes_run_one_at_a_time_unless_prefects_setting_says_more() -> None:
-    assert register_prefect_flow._threads_that_prefect_is_set_to() is None
     name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
-    code = "import register_prefect_flow as r; print(r._threads_that_prefect_is_set_to())"
+    code = "import register_prefect_flow as r; print(r._THREADS and r._THREADS.value())"
+    printed = run(sys.executable, "-c", code, cwd=SCRIPT.parent).stdout
+    assert printed.split()[-1] == "None"
     printed = run(sys.executable, "-c", code, cwd=SCRIPT.parent, env={name: "7"}).stdout
     has_setting = getattr(prefect.settings, name, None) is not None
     assert printed.split()[-1] == ("7" if has_setting else "None")
@@ -136,61 +131,3 @@ def test_calls_of_the_client_work_inside_an_event_loop() -> None:
         return register_prefect_flow._call_api(call())
 
     assert asyncio.run(caller()) == register_prefect_flow._call_api(call()) == 3
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A certificate of this machine that nobody else has signed, with its key."""
-    path = tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    done = run(*command, "-keyout", path, "-out", tmp_path / "public.pem", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    path.write_text(path.read_text() + (tmp_path / "public.pem").read_text())
-    return path
-
-
-@pytest.fixture
-def secure_url(certificate: Path) -> Iterator[str]:
-    """The URL of a server that speaks TLS and answers everything with 200."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("localhost", 0), Answer)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever).start()
-    yield f"https://localhost:{server.server_port}/api"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.skipif(
-    not hasattr(settings, "PREFECT_API_SSL_CERT_FILE"), reason="not in Prefect 2.10"
-)
-def test_the_client_trusts_whom_the_settings_name_and_nobody_else(
-    certificate: Path, secure_url: str
-) -> None:
-    async def ask() -> int:
-        async with register_prefect_flow._client() as client:
-            return (await client._client.get("/hello")).status_code
-
-    url = {settings.PREFECT_API_URL: secure_url}
-    with (
-        settings.temporary_settings(updates=url),
-        pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
-    ):
-        asyncio.run(ask())
-    for trusted in (
-        {settings.PREFECT_API_SSL_CERT_FILE: str(certificate)},
-        {settings.PREFECT_API_TLS_INSECURE_SKIP_VERIFY: True},
-    ):
-        with settings.temporary_settings(updates=url | trusted):
-            assert asyncio.run(ask()) == 200

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import kedro
 import pytest
-from conftest import PREFECT_3, Server, eventually, register
+from conftest import Server, eventually, register
 from kedro.framework.project import settings
 from kedro.pipeline import node, pipeline
 
@@ -33,13 +33,6 @@ def load(conf: Path, env: str = "base", loader: Any = None, **arguments: Any) ->
     return register_prefect_flow._read_config(session, OPTIONS)
 
 
-def read_deployment(conf: Path, name: str = "any") -> Any:
-    """Load prefect.yml, and read what it says of a deployment."""
-    config = load(conf)
-    section = register_prefect_flow._deployment_sections(config).get(name, config.deployment)
-    return register_prefect_flow._read_deployment(name, section, {}, OPTIONS)
-
-
 def write(conf: Path, text: str, env: str = "base", name: str = "prefect.yml") -> Path:
     (conf / env).mkdir(parents=True, exist_ok=True)
     (conf / env / name).write_text(text)
@@ -47,9 +40,9 @@ def write(conf: Path, text: str, env: str = "base", name: str = "prefect.yml") -
 
 
 def test_all_of_it_is_optional(tmp_path: Path) -> None:
-    nothing = register_prefect_flow._Config({}, [], {}, {}, {})
+    nothing = register_prefect_flow._Config({}, {}, {})
     assert load(write(tmp_path, "{}", name="catalog.yml")) == nothing
-    assert load(write(tmp_path, "tasks:\ndeployments:\n")) == nothing
+    assert load(write(tmp_path, "tasks:\nflow:\n")) == nothing
 
 
 def test_an_environment_overrides_base(tmp_path: Path) -> None:
@@ -82,7 +75,9 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("deploymint: {}", "prefect.yml has no deploymint. Did you mean deployment"),
+        ("task_runer: {}", "prefect.yml has no task_runer. Did you mean task_runner"),
+        ("deployment: {}", "Prefect's own file prefect.yaml, in the project's root"),
+        ("deployments: [{name: a}]", "registered with `prefect deploy --all`"),
         ("task_runner: {type: tasks}", "task_runner.type is 'tasks'"),
         (
             "task_runner: {max_worker: 3}",
@@ -105,104 +100,6 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(click.ClickException) as refused:
         load(write(tmp_path, text + "\n"))
     assert message in refused.value.message
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("deployment: 3", "prefect.yml: deployment is 3, and has to be of type dict"),
-        (
-            "deployment: {schedule: {}}",
-            "prefect.yml has no deployment.schedule. Did you mean schedules?",
-        ),
-        ("deployment: {pull: []}", "prefect.yml has no deployment.pull. This file sets it."),
-        ("deployments: {name: a}", "deployments is {'name': 'a'}, and has to be of type list"),
-        ("deployments: [3]", "prefect.yml: deployments[0] is 3, and has to be of type dict"),
-        ("deployments: [{tags: []}]", "Deployment name 'None' is refused"),
-        ("deployments: [{name: a}, {name: a}]", "prefect.yml: deployments[1] is a second 'a'"),
-        ("deployments: [{name: a, tag: []}]", "has no deployments[0].tag. Did you mean tags?"),
-        ("deployment: {paused: 1}", "deployment.paused is 1, and has to be of type bool"),
-        ("deployment: {tags: nightly}", "deployment.tags is 'nightly', and has to be of type list"),
-        (
-            "deployment: {parameters: {tag: [a]}}",
-            "prefect.yml has no deployment.parameters.tag. Did you mean tags?",
-        ),
-        (
-            "deployment: {parameters: {tags: a}}",
-            "deployment.parameters.tags is 'a', and has to be of type list",
-        ),
-        (
-            "deployment: {work_pool: {job_variables: {env: }}}",
-            "deployment.work_pool.job_variables.env is None, and has to be of type dict",
-        ),
-        (
-            "deployment: {schedules: [{interval: soon}]}",
-            "deployment.schedules[0].interval is 'soon', and has to be of type int or float",
-        ),
-        (
-            "deployment: {schedules: [{cron: '* * * * *', interval: 60}]}",
-            "deployment.schedules[0] has cron and interval, and not one of",
-        ),
-        ("deployment: {schedules: [{timezone: UTC}]}", "schedules[0] has none, and not one of"),
-        ("deployment: {schedules: [{cron: every day}]}", "Reading deployment.schedules[0] in"),
-        ("deployment: {schedules: [{rrule: nonsense}]}", "Reading deployment.schedules[0] in"),
-        ("deployment: {source: 'https://a.b/c'}", "'https://a.b/c', and not git+URL@ref"),
-        ("deployment: {source: {branch: a}}", "and not git+URL@ref"),
-        ("deployment: {source: {repository: a, brunch: b}}", "Did you mean branch?"),
-        (
-            "deployment: {source: 'git+https://a.b/c', path: /d}",
-            "deployment.source stands beside path",
-        ),
-        (
-            "deployment: {source: {repository: 'https://a.b/c', access_token: secret}}",
-            "access_token: '{{ prefect.blocks.secret.<its name> }}'",
-        ),
-    ],
-)
-def test_what_is_wrong_with_a_deployment_is_named_when_it_is_registered(
-    tmp_path: Path, text: str, message: str
-) -> None:
-    write(tmp_path, text + "\n")
-    load(tmp_path)  # a run does not need it
-    with pytest.raises(click.ClickException) as refused:
-        read_deployment(tmp_path)
-    assert message in refused.value.message
-    assert "secret," not in refused.value.message
-
-
-@pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 refuses the keys: see test_deployments.py")
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{concurrency_limit: true}", "concurrency_limit is True, and has to be of type int"),
-        ("{concurrency_limit: -1}", "deployment.concurrency_limit is -1, and has to be 1 or more"),
-        ("{concurrency_limit: {limit: 0}}", "concurrency_limit.limit is 0, and has to be 1 or"),
-        ("{concurrency_limit: {collision_strategy: ENQUEUE}}", "Reading deployment.concurrency_"),
-        ("{concurrency_limit: {limit: 1, collision_strategy: ASK}}", "Reading deployment.concurr"),
-        ("{triggers: [3]}", "deployment.triggers[0] is 3, and has to be of type dict"),
-        ("{triggers: [{posture: Sideways}]}", "Reading deployment.triggers[0] in prefect.yml"),
-        ("{triggers: [{posture: Sideways}]}", "input_value='Sideways'"),
-    ],
-)
-def test_what_is_wrong_with_limits_and_triggers_is_named(
-    tmp_path: Path, text: str, message: str
-) -> None:
-    with pytest.raises(click.ClickException) as refused:
-        read_deployment(write(tmp_path, f"deployment: {text}\n"))
-    assert message in refused.value.message
-
-
-def test_a_deployment_lies_over_what_holds_for_all(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        "deployment: {tags: [a], parameters: {runtime_params: {b: 1, c: 2}, tags: [d]}}\n"
-        "deployments: [{name: e, parameters: {runtime_params: {c: 3}, tags: []}}]\n",
-    )
-    deployment = read_deployment(tmp_path, "e")
-    assert deployment.tags == ["a"]
-    assert deployment.parameters == {**OPTIONS, "runtime_params": {"b": 1, "c": 3}}
-    other = read_deployment(tmp_path, "f").parameters
-    assert other == {**OPTIONS, "runtime_params": {"b": 1, "c": 2}, "tags": ["d"]}
 
 
 def test_later_lines_win_over_earlier_ones() -> None:
@@ -303,15 +200,6 @@ def test_a_node_that_takes_too_long_fails(tasks_project: Path, server: Server) -
     assert ("1" in done.stderr and "timed out" in done.stderr) or "exceeded" in done.stderr
 
 
-def plan_of(*nodes: Any, **options: Any) -> Any:
-    script = register_prefect_flow
-    deployment = script._read_deployment("any", {}, {}, {**OPTIONS, **options})
-    metadata = SimpleNamespace(project_name="Any")
-    config = script._Config({}, [], {}, {}, {})
-    opened = script._Opened(None, None, pipeline([*nodes]))
-    return script._Plan(metadata, opened, {}, config, {}, deployment)
-
-
 @pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb", "_a_ <b> *c*", "[a](b)", "ä ö", "a\\|b"])
 def test_each_node_is_one_row_of_the_description(name: str) -> None:
     class OddNode(SimpleNamespace):  # Kedro's own take fewer names, in some versions
@@ -319,21 +207,20 @@ def test_each_node_is_one_row_of_the_description(name: str) -> None:
 
     nodes = [OddNode(name=name, inputs=[name, "second"], outputs=[name])]
     odd = SimpleNamespace(nodes=nodes, grouped_nodes=[nodes], node_dependencies={nodes[0]: set()})
-    opened = register_prefect_flow._Opened(None, None, odd)
-    plan = plan_of(node(len, "a", "b", name="any"))._replace(opened=opened)
-    described = register_prefect_flow._describe(plan)
+    described = register_prefect_flow._describe(odd, {})
     [row] = [line for line in described.splitlines() if line.startswith("| 1 |")]
     unescaped = re.sub(r"\\.", "", row)  # what a backslash stands before is no markup
-    assert unescaped.count("|") == 5
+    assert unescaped.count("|") == 4
     assert not set(unescaped.replace("<br>", "")) & set("`*_[]()<>")
     shown = html.unescape(re.sub(r"\\(.)", r"\1", row))
     name = " ".join(name.split())
-    assert shown == f"| 1 | {name} | {name}<br>second | {name} |"
+    assert shown == f"| 1 | {name} | {name}<br>second<br>\u2192 {name} |"
 
 
 def test_values_that_may_be_secret_are_not_in_the_description() -> None:
-    plan = plan_of(node(len, "a", "b"), runtime_params={"token": "s3cret"}, tags=["shown"])
-    described = register_prefect_flow._describe(plan).replace("\\", "")
-    assert "- runtime_params: ['token']" in described
+    options = {"runtime_params": {"token": "s3cret"}, "tags": ["shown"]}
+    nodes = pipeline([node(len, "a", "b")])
+    described = register_prefect_flow._describe(nodes, options).replace("\\", "")
+    assert "- runtime_params: token" in described
     assert "- tags: ['shown']" in described
     assert "s3cret" not in described

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,13 @@ def register_pipelines():
 """
 
 
+def is_alive(group: int) -> bool:
+    """Tell whether there is a process of a group."""
+    command = ["ps", "-A", "-o", "pgid=,stat="]
+    rows = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return str(group) in {found for found, state in map(str.split, rows) if "Z" not in state}
+
+
 def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
     """Run the project at a terminal, press Ctrl-C while a node runs; return code and output."""
     (project / "src/tiny/slow.py").write_text(SLOW)
@@ -84,10 +91,10 @@ def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
                 os.killpg(process.pid, signal.SIGINT)
                 eventually(lambda: "Stopping: no other node starts" in log.read_text())
             code = process.wait(timeout=60)
-            command = ["ps", "-A", "-o", "pgid=,stat="]
-            rows = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-            alive = {group for group, state in map(str.split, rows) if "Z" not in state}
-            return code, log.read_text(), str(process.pid) in alive
+            left = True
+            with suppress(AssertionError):
+                left = not eventually(lambda: not is_alive(process.pid), seconds=5)
+            return code, log.read_text(), left
         finally:
             stop(process)
 

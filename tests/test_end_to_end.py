@@ -208,14 +208,13 @@ loggers:
 """
 
 
-def test_what_a_project_sends_itself_is_sent_once_at_its_level_and_length(
+def test_what_a_project_sends_itself_is_sent_once_at_its_level(
     server: Server, project: Path
 ) -> None:
     with (project / "src/tiny/nodes.py").open("a") as nodes:
         nodes.write(LOGGING.replace("log.debug", "log.info"))
     (project / "conf/logging.yml").write_text(LOGGING_OF_THE_PROJECT)
     env = {"KEDRO_LOGGING_CONFIG": str(project / "conf/logging.yml")}
-    env["PREFECT_LOGGING_TO_API_MAX_LOG_SIZE"] = "5000"  # Prefect Cloud takes 25,000
     env["KEDRO_LOGGING_MODULE_ALLOWLIST"] = "prefect.logging.handlers"  # Kedro 1.7 asks for it
     done = register(project, server, "--run", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -224,7 +223,6 @@ def test_what_a_project_sends_itself_is_sent_once_at_its_level_and_length(
     assert messages["adding 6 numbers"] == 1
     assert messages["not at this level"] == 0
     assert messages["Completed node: add"] == 1
-    assert max(map(len, messages)) == 4500
 
 
 def test_runs_of_two_deployments_at_once_both_succeed(

@@ -20,14 +20,11 @@ import pytest
 from conftest import BIN, KEDRO_1, PREFECT_3, QUEUE, Server, eventually, register, run, stop
 from test_end_to_end import register_and_forget
 from test_engines import (
-    RAY,
     Proxy,
     children,
     dask_cluster,
-    ray_cluster,
     s3_bucket,
     with_dask,
-    with_ray,
     with_s3,
     write_config,
     write_pipeline,
@@ -504,7 +501,7 @@ def test_a_lost_dask_worker_fails_its_node_which_runs_again_as_retries_say(
             assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
             assert ran(flaky) == sorted([*ALL, "flaky", "last"])
         else:
-            assert "node 'flaky' died with its Dask worker" in flow_run["state"]["message"]
+            assert "worker that ran node 'flaky' is lost" in flow_run["state"]["message"]
             assert ran(flaky) == ALL
             assert resume(server, flaky, flow_run_id) == ["flaky", "last"]
 
@@ -523,29 +520,6 @@ def test_a_lost_dask_scheduler_ends_the_run(
         assert server.finished(flow_run_id)["state_type"] == "FAILED"
         assert ran(flaky) == ALL
         eventually(lambda: is_gone(pid))
-
-
-@with_ray
-def test_a_lost_ray_node_fails_its_node(
-    server: Server,
-    flaky: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    with ray_cluster(server, tmp_path, 0, 2) as (address, nodes):
-        (flaky / "hang").touch()
-        write_config(flaky, f"task_runner: {{type: ray, address: '{address}'}}")
-        command = [sys.executable, flaky / "register_prefect_flow.py", "--run", "-p", "flaky"]
-        process = server.start(command, "flow", flaky, {**server.env, **RAY})
-        eventually((flaky / "pid.txt").exists)
-        pid = int((flaky / "pid.txt").read_text())
-        os.killpg(nodes[1].pid, signal.SIGKILL)
-        assert process.wait(timeout=120) == 1
-        assert (
-            "Failed. Flow run encountered an exception: NodeDiedError: Task failed because the"
-            in (server.folder / "flow.log").read_text()
-        )
-        eventually(lambda: is_gone(pid), seconds=20)
-        assert ran(flaky) == ALL
 
 
 def run_without_server(project: Path, seconds: int) -> None:

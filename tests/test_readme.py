@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import SCRIPT
 from features_project import KEDRO
-from test_config import read_deployment, write
+from test_config import load, write
 
 import register_prefect_flow
 
@@ -73,19 +73,13 @@ def test_the_lanes_are_those_that_are_tested() -> None:
 
 
 def test_the_settings_shown_are_taken(tmp_path: Path) -> None:
-    found = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    shown = [text for text in found if "metadata:" not in text]  # that is a catalog's
-    assert len(shown) == len(found) - 1 == 4
-    for text in shown:
-        if not register_prefect_flow._PREFECT_3:
-            text = re.sub(r"\n    concurrency_limit: .*?\nflow:", "\nflow:", text, flags=re.DOTALL)  # noqa: PLW2901  # fmt: skip
-        if not register_prefect_flow._PREFECT_3 or KEDRO < (0, 19):
-            if "type: dask" in text:
-                continue
-            text = re.sub(r"\ncheckpoints: .*", "", text)  # noqa: PLW2901
-        conf = write(tmp_path, text)
-        for name in ("nightly", "scoring"):
-            assert read_deployment(conf, name).pull_steps
+    _, text = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)  # the first one is Prefect's
+    if not register_prefect_flow._PREFECT_3 or KEDRO < (0, 19):
+        text = re.sub(r"type: processes, |checkpoints: .*\n", "", text)
+    config = load(write(tmp_path, text))
+    assert config.flow["retries"] == 1
+    assert config.task_runner["max_workers"] == 4
+    assert config.tasks["train_model"] == {"tags": ["gpu"]}
 
 
 def test_the_help_ends_with_the_version_of_the_copy() -> None:
@@ -94,7 +88,7 @@ def test_the_help_ends_with_the_version_of_the_copy() -> None:
 
 
 def test_the_errors_under_troubleshooting_are_the_scripts() -> None:
-    table = README[README.index("## Troubleshooting") : README.index("## Development")]
+    table = README[README.index("### Troubleshooting") : README.index("### Versions")]
     script = re.sub(r'"\s+f?"', "", SCRIPT.read_text())
     for message in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE):
         assert message in script, message

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ MODES = [
         "processes",
         marks=pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="not in this lane"),
     ),
+    pytest.param(
+        "dask", marks=pytest.mark.skipif(not find_spec("distributed"), reason="its lane has it")
+    ),
 ]
 
 
@@ -44,10 +48,14 @@ def runs(request: Any, server: Server, tmp_path_factory: pytest.TempPathFactory)
         server.post("/variables/", {"name": "habit", "value": "coffee"})
     mode = request.param
     project = copy_in(write_habits_project(tmp_path_factory.mktemp("habits") / "project"))
-    options = HABITS.values()
-    if mode != "default":
-        options = [["--env", mode, *each] for each in options]
-    return dict(zip(HABITS, compare(project, server, [*options]), strict=True))
+    if mode == "default":
+        return dict(zip(HABITS, compare(project, server, [*HABITS.values()]), strict=True))
+    # Children take longest to start: one run of all pipelines, and one for each with parameters.
+    plain = [options[-1] for options in HABITS.values() if "--params" not in options]
+    others = [name for name, options in HABITS.items() if "--params" in options]
+    options = [["--pipelines", ",".join(plain)], *(HABITS[name] for name in others)]
+    together, *found = compare(project, server, [["--env", mode, *each] for each in options])
+    return dict.fromkeys(HABITS, together) | dict(zip(others, found, strict=True))
 
 
 @pytest.mark.parametrize("habit", HABITS)
@@ -59,6 +67,36 @@ def test_a_flow_run_writes_what_kedro_run_writes(runs: dict[str, Any], habit: st
     assert prefect["error"] is None
     assert prefect["files"].keys() == kedro["files"].keys()
     assert [name for name, data in kedro["files"].items() if prefect["files"][name] != data] == []
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="the same in all lanes")
+@pytest.mark.parametrize("mode", ["threads", *MODES])
+@pytest.mark.parametrize("end", ["completed", "killed"])
+def test_what_nodes_have_started_ends_with_the_run(
+    habits: Path, server: Server, mode: str, end: str
+) -> None:
+    env = () if mode == "default" else ("--env", mode)
+    script = habits / "register_prefect_flow.py"
+    command = [sys.executable, script, "--run", "--pipeline", "leaving", *env]
+    if end == "completed":  # the output of the run has to close, or this would time out
+        done = run(*command, cwd=habits, env=server.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        (habits / "wait").touch()
+        process = server.start(command, "leaving", habits, server.env)
+        eventually((habits / "pids.txt").exists, or_show=server.folder / "leaving.log")
+        process.kill()
+        process.wait()
+    pids = [*map(int, (habits / "pids.txt").read_text().split())]
+    assert len(pids) > 2, "joblib may use one process only"
+    eventually(lambda: all(map(is_gone, pids)), seconds=5, or_show=pids)
 
 
 @pytest.fixture
