@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import queue
 import resource
 import sys
 import time
@@ -92,8 +93,7 @@ def in_flow(function: Callable[[], Any], tasks: int) -> float:
     state: Any = any_flow(return_state=True)
     assert state.is_completed(), state
     await_recorder(state.state_details.flow_run_id, tasks)
-    for sender in script._senders:  # or the next one pays for what is left of this one's log lines
-        sender.join()
+    script.APILogHandler.flush()  # or the next one pays for what is left of this one's log lines
     return took[0]
 
 
@@ -132,9 +132,12 @@ def run_bare(pipeline: str) -> float:
         times.append((start, time.perf_counter()))
 
     def run() -> None:
-        with script._task_runner(WORKERS) as submit:
-            for future in [submit(wait, []) for _ in range(count(pipeline))]:
-                script._final_state(future)
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        with script._task_runner(WORKERS) as start:
+            for _ in range(count(pipeline)):
+                start(wait, [], ended.put)
+            for _ in range(count(pipeline)):
+                ended.get()
 
     return in_flow(run, count(pipeline))
 
@@ -256,13 +259,12 @@ def start(pipeline: str, rounds: int) -> Rounds:
 
 def run_on_prefects_own(engine: str, pipeline: str) -> float:
     """Run as many tasks that do nothing on Prefect's own task runner of an engine."""
-    modules = {"processes": "prefect.task_runners", "dask": "prefect_dask", "ray": "prefect_ray"}
-    names = {"processes": "ProcessPool", "dask": "Dask", "ray": "Ray"}
+    modules = {"processes": "prefect.task_runners", "dask": "prefect_dask"}
+    names = {"processes": "ProcessPool", "dask": "Dask"}
     make = getattr(importlib.import_module(modules[engine]), f"{names[engine]}TaskRunner")
     own: dict[str, dict[str, Any]] = {
         "processes": {"max_workers": 2},
         "dask": {"cluster_kwargs": {"n_workers": 2}},
-        "ray": {"address": "local", "init_kwargs": {"num_cpus": 2}},
     }
 
     @task(persist_result=False)
@@ -328,7 +330,7 @@ def checkpoint(pipeline: str, rounds: int) -> Rounds:
     path = PROJECT / "data/array.pickle"
 
     def ours() -> None:
-        made = script._Checkpoint("array", "any", str(path), {})
+        made = script._Checkpoint(str(PROJECT / "data"), {}, "array")
         made.save(data)
         made.load()
 

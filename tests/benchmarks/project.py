@@ -113,7 +113,7 @@ task_runner:
   max_workers: 8
 """
 
-ENGINES = {"processes": "max_workers: 2", "dask": "n_workers: 2", "ray": "num_cpus: 2"}
+ENGINES = {"processes": "max_workers: 2", "dask": "n_workers: 2"}
 ENGINE = "task_runner: {{type: {}, {}}}\n"
 
 PARAMETERS = """\

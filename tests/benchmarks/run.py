@@ -283,7 +283,6 @@ MEASUREMENTS: dict[str, Callable[[Bench], Rows]] = {
     "busy": busy,
     "processes": lambda bench: engine(bench, "processes"),
     "dask": lambda bench: engine(bench, "dask"),  # pip install prefect-dask
-    "ray": lambda bench: engine(bench, "ray"),  # pip install prefect-ray
 }
 DEPEND_ON_SERVER = ("overhead-100", "overhead-1000", "makespan-100")
 
