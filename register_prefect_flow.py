@@ -1889,7 +1889,7 @@ def _logs_to_prefect() -> Iterator[None]:
     handler, added = _RunLogs(str(runtime.flow_run.id)), []
     for logger in map(logging.getLogger, sorted({"kedro", _flow_name(), *extra})):
         above: Any = logger
-        while above and not any(isinstance(h, APILogHandler) for h in above.handlers):
+        while above and APILogHandler not in map(type, above.handlers):
             above = above.parent if above.propagate else None
         if not above:  # else what it logs is sent already
             logger.addHandler(handler)
