@@ -514,6 +514,7 @@ def _explain_filters(problem: str, pipeline: Pipeline, options: Options) -> Any:
 
 _Opened = tuple[Any, Any, Pipeline]  # session, context and nodes of a project opened for a run
 _opened: list[_Opened] = []  # by --run, for the flow: Prefect hands on no objects
+_opening = threading.Lock()  # a process has one list of pipelines, and may have several runs
 
 
 def _load_pipeline(options: Options) -> Pipeline:
@@ -1944,10 +1945,10 @@ def _make_runner(
 def kedro_init(options: Options) -> Any:
     """Bootstrap the project, and make the Kedro session and the runner of this flow run."""
     _started[str(runtime.flow_run.id)] += 1
-    logger = get_run_logger()
-    logger.info("Bootstrapping project")
-    metadata = _bootstrap(PROJECT_PATH)
-    opened = _opened.pop() if _opened else _open(options, _pipeline_names(options))
+    (logger := get_run_logger()).info("Bootstrapping project")
+    with _opening:
+        metadata = _bootstrap(PROJECT_PATH)
+        opened = _opened.pop() if _opened else _open(options, _pipeline_names(options))
     session, _, nodes = opened
     # Kedro names versions by the millisecond, in which another flow run may start as well.
     digits = f"{uuid.UUID(str(runtime.flow_run.id)).int % 1000:03}Z"
@@ -1976,11 +1977,10 @@ def _run_pipeline(options: Options) -> dict[str, str]:
         with suppress(ClickException):  # connection belongs to the thread that made it
             _opened.append(_open(options, _pipeline_names(options)))
     opened, runner = cast("Any", kedro_init(options))
-    session, *_ = opened
     try:
-        with _logs_to_prefect(), session:
+        with _logs_to_prefect(), opened[0]:  # the session
             if left := _resume(opened, runner, options):
-                _run_session(session, runner, left)
+                _run_session(opened[0], runner, left)
     except Exception as error:
         _end_run(runner, error)
         of_node = any(record.error is error for record in runner._records.values())
