@@ -1130,8 +1130,6 @@ def init_kedro_tasks_by_execution_layer(
 # Names of nodes go there; log records come back, and how each node ended. A child and all that it
 # has started end together. Dask says which machine has room for one.
 
-_Messages = Iterator[tuple[str, bytes]]  # kind and content
-_LAST = ("ended", "failed", "died")  # kinds of messages after which there is no other
 _TOPIC = "kedro"  # under which Dask's workers send them
 # Nothing but messages may come out of a child's stdout, and nothing but jobs into its stdin.
 _CHILD = """
@@ -1313,7 +1311,7 @@ class _Children:
 
     def run(
         self, job: Options, _: Options, is_wanted: Callable[[], bool] = lambda: True
-    ) -> _Messages:
+    ) -> Iterator[tuple[str, bytes]]:
         """Run a node in a child, and yield what it says."""
         if not Path(self._script).exists():
             problem = "the project has to lie there as where the flow runs, with this file"
@@ -1329,7 +1327,7 @@ class _Children:
             with suppress(OSError):  # it has died, and says so
                 pickle.dump(job, child.process.stdin)
                 child.process.stdin.flush()
-            while kind not in _LAST:
+            while kind not in ("ended", "failed", "died"):
                 try:
                     kind, payload = child.messages.get(timeout=0.2)
                     yield kind, payload
@@ -1383,7 +1381,11 @@ def _make_plugin(name: str, script: str) -> Any:
         def run(self, job: Options) -> None:
             """Run a node in a child, and pass on what it says."""
             worker, key = self._worker, self._worker.get_current_task()
-            worker.log_event(_TOPIC, (key, ("started", b"")))
+            ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
+            mark: Options = {"keys": [name, key]}
+            if ask(worker.scheduler.get_metadata, default=False, **mark):
+                return  # Dask runs it again, because the worker that ran it is lost
+            ask(worker.scheduler.set_metadata, value=True, **mark)
 
             def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
                 found = worker.state.tasks.get(key)
@@ -1434,7 +1436,7 @@ class _Dask:
         if key in self._said:
             self._said[key].put(message)
 
-    def run(self, job: Options, resources: Options) -> _Messages:
+    def run(self, job: Options, resources: Options) -> Iterator[tuple[str, bytes]]:
         """Run a node in a child of the worker that has room, and yield what it says."""
         key, name = f"{job['node']}-{uuid.uuid4().hex}", self._name
         said = self._said[key] = queue.SimpleQueue()
@@ -1444,14 +1446,11 @@ class _Dask:
 
         future = self._client.submit(work, job, key=key, pure=False, resources=resources or None)
         future.add_done_callback(lambda _: said.put(None))
-        message, has_started = ("", b""), False
+        message = ("", b"")
         try:
             while message:
                 with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
                     if message := said.get(timeout=0.2):
-                        if has_started and message[0] == "started":
-                            return  # Dask runs again what was on a worker that is lost
-                        has_started = True
                         yield message
             if future.status != "finished":  # or Dask would fetch the result, which is none
                 future.result()  # raises what kept the node from being run
@@ -1463,6 +1462,10 @@ class _Dask:
         """End all children, and what they are doing."""
         with suppress(Exception):  # there may be no cluster any more
             self._client.unregister_worker_plugin(self._name)
+            name = self._name
+            self._client.run_on_scheduler(
+                lambda dask_scheduler: dask_scheduler.task_metadata.pop(name)
+            )
         self._stack.close()
 
 
