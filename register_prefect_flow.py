@@ -876,11 +876,10 @@ def _describe_run(nodes: Pipeline, records: Any, error: BaseException | None, ad
         parts.append(textwrap.indent(text, " " * 4))
     if advice:
         parts.append(f"As Kedro says:\n\n{textwrap.indent(advice, ' ' * 4)}\n")
-    if not nodes.nodes:
-        return "\n".join([*parts, "No node was run."])
     states = {node.name: records[node.name].state for node in nodes.nodes}
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
-    parts += [f"{len(states)} nodes: {counts}\n", f"{_picture(nodes, states)}\n"]
+    drawn = _picture(nodes, states) if states else ""
+    parts += [f"{len(states)} nodes: {counts or 'none was run'}\n", f"{drawn}\n"]
     rows = [("node", "state", "seconds", "reads \u2192 writes")]
     for node in nodes.nodes:
         seconds = f"{records[node.name].seconds:.1f}"
@@ -2170,7 +2169,6 @@ def _run_now(opened: _Opened, options: Options) -> None:
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        # Not printed: it may have come in a print.
         os.write(2, b"Stopping: no other node starts. Ctrl-C again ends at once.\n")
         raise KeyboardInterrupt
 
@@ -2194,8 +2192,7 @@ def _run_now(opened: _Opened, options: Options) -> None:
     if not state.is_completed():
         raise ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
     click.echo("The flow run has completed. Its outputs:")
-    # A slow server may have been told twice; its answer to that is a state without data.
-    for name, where in (state.result() if state.data else {}).items():
+    for name, where in (state.result() if state.data else {}).items():  # a slow server sends none
         click.echo(f"  {name}: {where}")
 
 
