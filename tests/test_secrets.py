@@ -24,10 +24,6 @@ SECRETS = [f"{number}-s3cret-{os.getpid()}" for number in ("eleventh", "twelfth"
 CONFIG = """
 task_runner: {type: %s}
 checkpoints: kept
-deployment:
-  work_pool:
-    job_variables:
-      env: {OF_BLOCK: "{{ prefect.blocks.secret.door }}"}
 """
 
 
@@ -70,6 +66,10 @@ def test_secrets_are_kept_nowhere(
         write_config(flaky, CONFIG % engine)
         arguments = ("-p", "flaky", "--env", "local", "--deployment_name", pool)
         deployment = register_and_forget(flaky, server, pool, *arguments)
+        found = server.request("GET", f"/deployments/name/{deployment}")
+        env = found["job_variables"]["env"] | {"OF_BLOCK": "{{ prefect.blocks.secret.door }}"}
+        variables = {"job_variables": found["job_variables"] | {"env": env}}
+        server.request("PATCH", f"/deployments/{found['id']}", variables)
         flow_run_id = server.start_run(deployment)
         eventually((flaky / "seen.txt").exists)
         assert (flaky / "seen.txt").read_text() == SECRETS[1] + SECRETS[2]
