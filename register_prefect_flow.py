@@ -18,6 +18,7 @@ import contextvars
 import difflib
 import functools
 import hashlib
+import heapq
 import html
 import importlib.metadata
 import inspect
@@ -43,7 +44,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from itertools import chain, filterfalse, islice
+from graphlib import TopologicalSorter
+from itertools import chain, filterfalse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -65,8 +67,7 @@ FILTERS = (
     "tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs", "namespaces",
 )  # fmt: skip
 NAMES_SHOWN = 50  # in an error that lists what there is
-TEXT_SHOWN = 10_000  # characters of an exception that Prefect shows and stores
-LOG_SHOWN = 100_000  # characters of a log line that Prefect shows and stores
+TEXT_SHOWN, LOG_SHOWN = 10_000, 100_000  # characters of an exception, of a log line, in Prefect
 PREVIEW_SHOWN = 1_000_000  # characters of a dataset's preview that Prefect shows and stores
 NODES_DRAWN, NAME_DRAWN = 300, 22  # nodes in a picture of a pipeline, characters of a name
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer
@@ -402,9 +403,8 @@ def _bootstrap(project_path: Path) -> ProjectMetadata:
                 cast("Any", handler.console.file).reconfigure(errors="backslashreplace")
             handlers[index] = plain = logging.StreamHandler(handler.console.file)
             plain.setLevel(handler.level)
-            plain.setFormatter(
-                logging.Formatter("%(asctime)s | %(levelname)-7s | %(name)s - %(message)s")
-            )
+            layout = "%(asctime)s | %(levelname)-7s | %(name)s - %(message)s"
+            plain.setFormatter(logging.Formatter(layout))
     return metadata
 
 
@@ -449,9 +449,8 @@ def _check_environment(options: Options) -> None:
     is_own = loader.__base__ is AbstractConfigLoader and not loader.__module__.startswith("kedro.")
     if conf.is_dir() and not (conf / env).is_dir() and not is_own:
         there = [path.name for path in conf.iterdir() if path.is_dir() and path.name[0] != "."]
-        raise _unknown(
-            f"Environment '{env}' has no folder {conf / env}.", env, there, "environments"
-        )
+        problem = f"Environment '{env}' has no folder {conf / env}."
+        raise _unknown(problem, env, there, "environments")
 
 
 def _open_session(options: Options) -> Any:
@@ -469,13 +468,15 @@ def _adopt_session_id(session: Any, session_id: str) -> None:
 
 def _read_credentials(session: Any, options: Options, name: str) -> Options:
     """Return an entry of credentials.yml; without a name, nothing."""
+    if not name:
+        return {}
     found: Any = {}
     with suppress(MissingConfigException):
         found = _call_with_params(session._get_config_loader, options)["credentials"]
-    if name and name not in found:
+    if name not in found:
         problem = f"There are no credentials '{name}' in environment '{options['env']}'."
         raise _unknown(problem, name, found, "credentials")
-    return cast("Options", found[name]) if name else {}
+    return cast("Options", found[name])
 
 
 def _pipeline_names(options: Options) -> list[str]:
@@ -687,9 +688,8 @@ def _read_config(session: Any, options: Options) -> _Config:
     config = _Config(**{"flow": {}, "task_runner": {}, "tasks": {}, **found})
     if kind not in (kinds := ("threads", "processes", "dask")):
         raise _unknown(f"prefect.yml: task_runner.type is '{kind}'.", kind, kinds, "types")
-    if section.get("max_workers", 1) < 1:
-        problem = f"prefect.yml: task_runner.max_workers is {section['max_workers']}"
-        raise ClickException(f"{problem}, and has to be 1 or more.")
+    with _project_errors("Reading task_runner in prefect.yml"):
+        PrefectRunner(max_workers=section.get("max_workers"))
     if kind != "threads" or config.checkpoints:
         what = "checkpoints" if config.checkpoints else f"task_runner.type {kind}"
         _need(f"prefect.yml: {what}", **_ENGINES_NEED)
@@ -836,8 +836,8 @@ def _show(what: str, key: str, make: Callable[[], str]) -> None:
         logging.getLogger("kedro").warning("No %s in Prefect: %r", what, error)
 
 
-def _render(dataset: Any, arguments: Options) -> str:
-    """Return a dataset's own preview as Markdown."""
+def _render(name: str, dataset: Any, arguments: Options) -> str:
+    """Return a dataset's own preview as Markdown, under its name."""
     preview = getattr(dataset, "preview", None) or dataset._preview  # as kedro-datasets 1 calls it
     kind = str(inspect.signature(preview).return_annotation)
     found: Any = preview(**arguments)
@@ -853,7 +853,7 @@ def _render(dataset: Any, arguments: Options) -> str:
         shown = textwrap.indent(text, " " * 4)
     if len(shown) > PREVIEW_SHOWN:
         raise ValueError(f"it has {len(shown)} characters, more than {PREVIEW_SHOWN}")
-    return shown
+    return f"### {_plain(name)}\n\n{shown}\n"
 
 
 def _show_previews(node: Node, catalog: Any) -> None:
@@ -863,8 +863,7 @@ def _show_previews(node: Node, catalog: Any) -> None:
         about = getattr(dataset, "metadata", None)
         about = about.get("prefect") if isinstance(about, dict) else None
         if isinstance(about, dict) and about.get("preview"):
-            render = functools.partial(_render, dataset, about.get("preview_args") or {})
-            make = lambda n=name, r=render: f"### {_plain(n)}\n\n{r()}\n"  # noqa: E731
+            make = functools.partial(_render, name, dataset, about.get("preview_args") or {})
             _show(f"preview of '{name}'", _artifact_key(name), make)
 
 
@@ -940,8 +939,8 @@ def _place_checkpoints(config: _Config, options: Options) -> Options:
         place["url"] = str(storage / "kedro-checkpoints")
     if place.get("url"):
         _import("kedro_datasets.pickle", "kedro-datasets[pickle]", "checkpoints")
-        is_path = "://" not in place["url"]
-        place["url"] = str(PROJECT_PATH / place["url"]) if is_path else place["url"]
+        if "://" not in place["url"]:
+            place["url"] = str(PROJECT_PATH / place["url"])
     return place
 
 
@@ -1270,10 +1269,8 @@ def _guard_what_nodes_start() -> Any:
         return None
     os.environ["KEDRO_FLOW_PROCESS"] = uuid.uuid4().hex
     mark = f"KEDRO_FLOW_PROCESS={os.environ['KEDRO_FLOW_PROCESS']}"
-    pipes: Any = {"stdin": subprocess.PIPE} | dict.fromkeys(
-        ("stdout", "stderr"), subprocess.DEVNULL
-    )
-    command = [sys.executable, "-ISc", _GUARD, str(os.getpid()), mark]
+    command, null = [sys.executable, "-ISc", _GUARD, str(os.getpid()), mark], subprocess.DEVNULL
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": null, "stderr": null}
     return subprocess.Popen(command, cwd="/", start_new_session=True, **pipes)
 
 
@@ -1360,18 +1357,17 @@ class _Children:
             self._end(child)
 
 
-def _make_plugin(name: str, script: str) -> Any:
+def _make_plugin(flow_run: str, script: str) -> Any:
     """Make what keeps the children of a flow run on each Dask worker; it is sent by value."""
     distributed: Any = importlib.import_module("distributed")
     if __name__ != "__main__":
         importlib.import_module("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
     class FlowRun(distributed.WorkerPlugin):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.name, self._script = name, script
+        name = flow_run
 
         def setup(self, worker: Any) -> None:
-            self._worker, self._children = worker, _Children(self._script)
+            self._worker, self._children = worker, _Children(script)
 
         def teardown(self, worker: Any) -> None:
             del worker
@@ -1381,7 +1377,7 @@ def _make_plugin(name: str, script: str) -> Any:
             """Run a node in a child, and pass on what it says."""
             worker, key = self._worker, self._worker.get_current_task()
             ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
-            mark: Options = {"keys": [name, key]}
+            mark: Options = {"keys": [flow_run, key]}
             if ask(worker.scheduler.get_metadata, default=False, **mark):
                 return  # Dask runs it again, because the worker that ran it is lost
             ask(worker.scheduler.set_metadata, value=True, **mark)
@@ -1460,10 +1456,9 @@ class _Dask:
     def close(self) -> None:
         """End all children, and what they are doing."""
         with suppress(Exception):  # there may be no cluster any more
-            self._client.unregister_worker_plugin(self._name)
-            name = self._name
+            self._client.unregister_worker_plugin(name := self._name)
             self._client.run_on_scheduler(
-                lambda dask_scheduler: dask_scheduler.task_metadata.pop(name)
+                lambda dask_scheduler: dask_scheduler.task_metadata.pop(name, None)
             )
         self._stack.close()
 
@@ -1530,16 +1525,22 @@ def _schedule(
     # One behind a failed one is started as well: Prefect shows it as NotReady, and does not run it.
     # The queue takes nodes with their states, and what this thread is to call.
     nodes = pipeline.nodes if max_workers == 1 else _longest_path_first(pipeline)
-    needed, started = pipeline.node_dependencies, cast("set[Node]", set())
-    states: dict[Node, Any] = {}
-    while len(states) < len(nodes):
-        ready = (node for node in nodes if node not in started and needed[node] <= states.keys())
-        for node in islice(ready, max_workers - len(started) + len(states)):
-            started.add(node)
+    position = {node: index for index, node in enumerate(nodes)}
+    sorter = TopologicalSorter(needed := pipeline.node_dependencies)
+    sorter.prepare()
+    ready: list[int] = []  # a heap of positions
+    states, running = cast("dict[Node, Any]", {}), 0
+    while sorter.is_active():
+        for node in sorter.get_ready():
+            heapq.heappush(ready, position[node])
+        while ready and running < max_workers:
+            node, running = nodes[heapq.heappop(ready)], running + 1
             start(node, [states[other] for other in needed[node]])
         while callable(event := ended.get()):
             event()
         node, states[node] = event
+        running -= 1
+        sorter.done(node)
         yield node, states[node]
 
 
@@ -1889,18 +1890,18 @@ class _RunLogs(APILogHandler):
 def _logs_to_prefect() -> Iterator[None]:
     """Send what Kedro, the project and PREFECT_LOGGING_EXTRA_LOGGERS log, once."""
     extra = prefect.settings.PREFECT_LOGGING_EXTRA_LOGGERS.value() or ()
-    handler, added = _RunLogs(str(runtime.flow_run.id)), []
-    for logger in map(logging.getLogger, sorted({"kedro", _flow_name(), *extra})):
+    handler = _RunLogs(str(runtime.flow_run.id))
+    loggers = [*map(logging.getLogger, sorted({"kedro", _flow_name(), *extra}))]
+    for logger in loggers:
         above: Any = logger
         while above and APILogHandler not in map(type, above.handlers):
             above = above.parent if above.propagate else None
         if not above:  # else what it logs is sent already
             logger.addHandler(handler)
-            added.append(logger)
     try:
         yield
     finally:
-        for logger in added:
+        for logger in loggers:
             logger.removeHandler(handler)
 
 
@@ -1967,8 +1968,7 @@ def _end_run(runner: PrefectRunner, error: BaseException | None) -> None:
         _end_checkpoints(error is None, *runner._checkpoint.args)
     if runner._has_artifacts:
         about = (runner._nodes, runner._records, error, runner._suggestion)
-        make = functools.partial(_describe_run, *about)
-        _show("account of this run", f"{_package_key()}-run", make)
+        _show("account of this run", f"{_package_key()}-run", lambda: _describe_run(*about))
 
 
 def _run_pipeline(options: Options) -> dict[str, str]:
