@@ -89,10 +89,9 @@ for _name, _found, _floor in (
     ("Prefect", prefect.__version__, "3.2" if _PREFECT_3 else "2.10.17"),
 ):
     if _version(_found) < _version(_floor):
-        raise SystemExit(
-            f"Error: register_prefect_flow.py needs {_name} {_floor} or newer, and this is {_name}"
-            f" {_found}." + f" pip install '{_name.lower()}>={_floor}'" * (_name != "Python")
-        )
+        _problem = f"needs {_name} {_floor} or newer, and this is {_name} {_found}."
+        _remedy = f" pip install '{_name.lower()}>={_floor}'" * (_name != "Python")
+        raise SystemExit(f"Error: register_prefect_flow.py {_problem}{_remedy}")
 
 from kedro import io as kedro_io
 from kedro.config import AbstractConfigLoader, MissingConfigException
@@ -914,10 +913,9 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
             else:  # on object stores a file is there when all of it has been written
                 self._file.save(data)
         except Exception as error:
-            raise kedro_io.DatasetError(
-                f"{self._what} cannot be pickled to {self._filepath}: {error} Nodes hand it on in"
-                " that file, unless an entry in the catalog says how to save it."
-            ) from error
+            problem = f"{self._what} cannot be pickled to {self._filepath}: {error}"
+            remedy = "Nodes hand it on in that file, unless the catalog says how to save it."
+            raise kedro_io.DatasetError(f"{problem} {remedy}") from error
 
     def _exists(self) -> bool:
         return bool(self._file.exists())
@@ -1282,7 +1280,6 @@ class _Child:
         how: Any = {"cwd": Path(script).parent, **dict.fromkeys(pipes, subprocess.PIPE)}
         self.process: Any = subprocess.Popen(command, start_new_session=True, **how)
         self.messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
-        self.timer: Any = None  # of one that stands by
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -1314,7 +1311,6 @@ class _Children:
             raise FileNotFoundError(f"{platform.node()} has no {self._script}: {problem}.")
         try:
             child = self._idle.pop()
-            child.timer.cancel()
         except IndexError:
             child = _Child(self._script)
             self._all.append(child)
@@ -1332,17 +1328,9 @@ class _Children:
                         raise RuntimeError("the run has been stopped") from None
         finally:
             if kind in ("ended", "failed") and not self._has_ended:
-                child.timer = threading.Timer(60, self._leave, (child,))  # seconds
-                child.timer.daemon = True
                 self._idle.append(child)
-                child.timer.start()
             else:
                 self._end(child)
-
-    def _leave(self, child: Any) -> None:
-        with suppress(ValueError):  # it has just been taken
-            self._idle.remove(child)
-            self._end(child)
 
     def _end(self, child: Any) -> None:
         with suppress(ValueError):  # it has been ended
@@ -1420,10 +1408,9 @@ class _Dask:
         except (OSError, asyncio.TimeoutError, TypeError, ValueError, RuntimeError) as error:
             self._stack.close()
             where = options.get("address", "this machine")
-            raise ClickException(
-                f"prefect.yml: there is no Dask cluster with workers at {where}: {error}. Start"
-                " `dask scheduler` and `dask worker`, and give task_runner.address."
-            ) from error
+            problem = f"prefect.yml: there is no Dask cluster with workers at {where}: {error}"
+            remedy = "Start `dask scheduler` and `dask worker`, and give task_runner.address."
+            raise ClickException(f"{problem}. {remedy}") from error
         self.size = sum(client.nthreads().values())
 
     def _hear(self, event: Any) -> None:
@@ -1621,8 +1608,7 @@ class PrefectRunner(SequentialRunner):
         self._prepare(catalog, pipeline, run_id)
         done, self._records = self._resumed, {node.name: _Record() for node in pipeline.nodes}
         for node, task_run in done.items():
-            seconds = task_run.total_run_time.total_seconds()
-            self._records[node.name] = _Record("resumed", seconds)
+            self._records[node.name] = _Record("resumed", task_run.total_run_time.total_seconds())
         self._nodes = Pipeline([*done, *pipeline.nodes])
 
         def here(node: Node) -> None:
@@ -2045,13 +2031,10 @@ def _reach_server() -> None:
             try:
                 await client.read_flows(limit=1)  # anybody may ask for its health, but not for this
             except ValueError as error:
-                problem = "what answers is not Prefect's API, whose URL ends in /api"
-                raise OSError(problem) from error
+                raise OSError("what answers is no Prefect API, whose URL ends in /api") from error
 
-    remedy = (
-        "Start one with `prefect server start`, and name it with"
-        " `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`."
-    )
+    name_it = "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
+    remedy = f"Start one with `prefect server start`, and name it with `{name_it}`."
     url = PREFECT_API_URL.value()
     if not url:
         raise ClickException(f"No Prefect server: PREFECT_API_URL is not set. {remedy}")
@@ -2233,10 +2216,8 @@ def _kedro_run_options(command: Any) -> Any:
 def _check_usage(given: Options, deployment_name: str) -> None:
     """Refuse what Prefect would refuse, and options that would do nothing."""
     if not deployment_name or re.search(r"[/%&<>]", deployment_name):
-        problem = (
-            f"Deployment name '{deployment_name}' is refused by Prefect: it is empty or has one"
-        )
-        raise ClickException(f"{problem} of / % & < >. Choose another --deployment_name.")
+        problem = f"Prefect refuses deployment name '{deployment_name}': it is empty, or has one of"
+        raise ClickException(f"{problem} / % & < >. Choose another --deployment_name.")
     unused = given.keys() & {"work_pool_name", "work_queue_name", "logging_level"}
     for option in unused if "run" in given else ():
         hint = " Set PREFECT_LOGGING_LEVEL instead." * (option == "logging_level")

@@ -247,7 +247,7 @@ def test_pool_for_agents_on_prefect_3(project: Path, server: Server, tmp_path: P
 def test_deployment_name_that_prefect_refuses(name: str) -> None:
     done = CliRunner().invoke(prefect_deploy, ["--deployment_name", name])
     assert done.exit_code == 1
-    assert f"Deployment name '{name}' is refused by Prefect" in done.output
+    assert f"Prefect refuses deployment name '{name}'" in done.output
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def in_flow(function: Callable[[], Any], tasks: int) -> float:
     state: Any = any_flow(return_state=True)
     assert state.is_completed(), state
     await_recorder(state.state_details.flow_run_id, tasks)
-    script.APILogHandler.flush()  # or the next one pays for what is left of this one's log lines
+    script.APILogHandler().flush()  # or the next one pays for what is left of this one's log lines
     return took[0]
 
 
