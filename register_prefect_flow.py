@@ -564,7 +564,8 @@ def _remedies(message: str, options: Options) -> str:
     is_input = "pipeline input" in message.lower()  # as Kedro says, and we do
     text = f" Add it to {conf.name}/{env}, or run what makes it." * is_input
     local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
-    if env != local and (is_input or "redential" in message) and (conf / local).is_dir():
+    has_files = any((conf / local).glob("**/*.y*ml"))
+    if env != local and (is_input or "redential" in message) and has_files:
         text += f" `kedro run` reads environment {local}, too: try --env {local}."
     return text
 
@@ -2180,17 +2181,17 @@ def _run_now(opened: _Opened, options: Options) -> None:
 
 
 _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; form; meaning
-    ("runtime_params", "--params", cli._split_params, "K=V,...", "Win over the parameters."),
+    ("runtime_params", "--params", cli._split_params, "K=V,...", "Override parameters."),
     ("tags", "-t --tags", cli.split_string, "TAG,...", "Only nodes with one of these tags."),
     ("node_names", "-n --nodes", cli.split_node_names, "NODE,...", "Only these nodes."),
     ("from_nodes", "--from-nodes", cli.split_node_names, "NODE,...", "Only from these on."),
     ("to_nodes", "--to-nodes", cli.split_node_names, "NODE,...", "Only up to these."),
     ("from_inputs", "--from-inputs", cli.split_string, "DATA,...", "Only what needs these."),
     ("to_outputs", "--to-outputs", cli.split_string, "DATA,...", "Only what these need."),
-    ("namespaces", "-ns --namespaces --namespace", cli.split_node_names, "NAME,...", "Only these."),
-    ("load_versions", "-lv --load-versions", cli._split_load_versions, "DATA:VERSION", "To load."),
+    ("namespaces", "-ns --namespaces --namespace", cli.split_node_names, "NAME,...", "Only nodes in these."),
+    ("load_versions", "-lv --load-versions", cli._split_load_versions, "DATA:VERSION", "Versions to load."),
     ("conf_source", "--conf-source", None, "PATH", "Configuration in another place than conf."),
-    ("checkpoints", "--checkpoints", None, "URL", "For what nodes hand on; see README."),
+    ("checkpoints", "--checkpoints", None, "URL", "Where nodes hand on data."),
 )  # fmt: skip
 
 

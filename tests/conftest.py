@@ -41,6 +41,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import kedro  # noqa: E402
 import kedro.io  # noqa: E402
 import prefect  # noqa: E402
+from flaky_project import ALL, ran, write_flaky_pipeline  # noqa: E402
 from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from tiny_project import write_tiny_project  # noqa: E402
 
@@ -220,6 +221,15 @@ class Server:
 
         return eventually(ended)
 
+    def retry(self, flow_run_id: str) -> dict[str, Any]:
+        """Do what the button in the UI does, and wait for the end."""
+        self.await_idle_worker()
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+        before = self.flow_run(flow_run_id)["state"]["id"]
+        self.post(f"/flow_runs/{flow_run_id}/set_state", {"state": state})
+        eventually(lambda: self.flow_run(flow_run_id)["state"]["id"] != before)
+        return self.finished(flow_run_id)
+
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Stop a process that was started here, and what it started, by their own group."""
@@ -269,6 +279,12 @@ def pool(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 def project(tmp_path: Path) -> Path:
     """A tiny Kedro project with the script copied in."""
     return copy_in(write_tiny_project(tmp_path / "project"))
+
+
+@pytest.fixture
+def flaky(project: Path) -> Path:
+    """The tiny project with a pipeline that fails until it is mended."""
+    return write_flaky_pipeline(project)
 
 
 def copy_in(project: Path) -> Path:
@@ -344,3 +360,49 @@ def written_files(project: Path) -> dict[str, bytes]:
         for path in sorted(data.rglob("*"))
         if path.is_file()
     }
+
+
+def write_config(project: Path, text: str) -> None:
+    (project / "conf/base/prefect.yml").write_text(text + "\n")
+
+
+def write_pipeline(project: Path, functions: str, nodes: str) -> None:
+    """Give the project one pipeline, of these nodes."""
+    (project / "src/tiny/own.py").write_text(functions)
+    (project / "src/tiny/pipeline_registry.py").write_text(
+        "from kedro.pipeline import node, pipeline\nfrom tiny.own import *\n\n\n"
+        f"def register_pipelines():\n    return {{'__default__': pipeline([{nodes}])}}\n"
+    )
+
+
+def register_and_forget(project: Path, server: Server, pool: str, *arguments: str) -> str:
+    """Register, remove the traces of that, and return the deployment's full name."""
+    arguments = ("--work_pool_name", pool, "--work_queue_name", QUEUE, *arguments)
+    done = register(project, server, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (project / "trace.jsonl").unlink()
+    return re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
+
+
+def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
+    """Let a flow run fail, and return its id."""
+    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", *arguments)
+    flow_run_id = server.start_run(deployment)
+    assert server.finished(flow_run_id)["state_type"] == "FAILED"
+    assert ran(project) == ALL
+    return flow_run_id
+
+
+def children() -> list[str]:
+    """The processes that run nodes."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True)
+    mine = f"{sys.executable} -uc"  # and not those of another lane
+    lines = [line for line in found.stdout.splitlines() if mine in line and "_be_child" in line]
+    return [line for line in lines if line.split()[1][0] != "Z"]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

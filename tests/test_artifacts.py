@@ -248,6 +248,7 @@ class Refusing(Proxy):
             target.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_artifacts_and_log_lines_ends_no_run(
     project: Path, server: Server
 ) -> None:

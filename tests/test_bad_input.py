@@ -12,10 +12,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Server, register, run
+from conftest import Server, copy_in, register, run
 from features_project import KEDRO
+from tiny_project import write_tiny_project
 
 pytestmark = pytest.mark.skipif(KEDRO < (1, 7), reason="messages of Kedro differ")
+TRY_INPUTS = Path(__file__).parent / "try_inputs.py"
+NO_SERVER = {"PREFECT_API_URL": ""}
 RUN = ("--dry_run", "--run")
 YML = "conf/base/prefect.yml"
 REGISTRY = "src/tiny/pipeline_registry.py"
@@ -62,7 +65,7 @@ CASES = [
     usage("--run", "--work_queue_name", "a", says="leave it out with --run"),
     usage("--run", "--logging_level", "INFO", says="Set PREFECT_LOGGING_LEVEL instead"),
     *(
-        option("--deployment_name", name, says=rf"name '{name}' is refused.*another")
+        option("--deployment_name", name, says=rf"refuses deployment name '{name}'.*another")
         for name in ("", "a/b", "a%b", "a&b", "a<b", "a>b")
     ),
     # Options that name what is not there.
@@ -164,11 +167,25 @@ def assert_one_message(done: subprocess.CompletedProcess[str], code: int, says: 
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What comes of each case; those that need a project of their own come to nothing here."""
+    project = copy_in(write_tiny_project(tmp_path_factory.mktemp("bad") / "project"))
+    pairs = [(case.files.get(YML, ""), case.arguments) for case in CASES]
+    (project / "pairs.json").write_text(json.dumps(pairs))
+    done = run(sys.executable, TRY_INPUTS, project / "pairs.json", cwd=project, env=NO_SERVER)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((project / "inputs.json").read_text())
+    return [subprocess.CompletedProcess("", code, "", printed) for code, printed in found]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.says.split())[:60])
-def test_it_is_one_message(project: Path, case: Case) -> None:
-    for name, text in case.files.items():
-        (project / name).unlink() if text is None else (project / name).write_text(text)
-    done = register(project, None, *case.arguments)
+def test_it_is_one_message(project: Path, in_one_process: list[Any], case: Case) -> None:
+    done = in_one_process[CASES.index(case)]
+    if case.files.keys() - {YML}:
+        for name, text in case.files.items():
+            (project / name).unlink() if text is None else (project / name).write_text(text)
+        done = register(project, None, *case.arguments)
     assert_one_message(done, case.code, case.says)
     assert "s3cret" not in done.stdout + done.stderr
 

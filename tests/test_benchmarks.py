@@ -40,6 +40,7 @@ def test_the_tables_show_the_results(in_readme: bool) -> None:
     assert in_readme is False or table.count("\n") == 7, "six rows"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="benchmarks are for the current lane")
 def test_the_command_measures(tmp_path: Path) -> None:
     out = tmp_path / "results.json"

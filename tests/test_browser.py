@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PREFECT_3, Server, eventually, run
+from conftest import PREFECT_3, Server, eventually, register_and_forget, run
 from features_project import KEDRO
-from test_end_to_end import register_and_forget
-from test_resuming import flaky, mend  # noqa: F401
+from flaky_project import mend
 
-pytestmark = pytest.mark.skipif(
-    not (os.environ.get("BROWSER_PYTHON") and (KEDRO >= (1,) or KEDRO < (0, 19))),
-    reason="needs BROWSER_PYTHON, in the oldest and the newest lane",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (os.environ.get("BROWSER_PYTHON") and (KEDRO >= (1,) or KEDRO < (0, 19))),
+        reason="needs BROWSER_PYTHON, in the oldest and the newest lane",
+    ),
+]
 # Prefect 3 has two user interfaces.
 UIS = ["", "/v2"] if PREFECT_3 else [""]
 RUNS = "runs" if PREFECT_3 else "flow-runs"
@@ -95,11 +97,7 @@ def test_a_user_sees_pipeline_run_and_results(
 
 @pytest.mark.parametrize("ui", UIS)
 def test_retry_in_the_browser_resumes(
-    server: Server,
-    pool: str,
-    flaky: Path,  # noqa: F811
-    tmp_path: Path,
-    ui: str,
+    server: Server, pool: str, flaky: Path, tmp_path: Path, ui: str
 ) -> None:
     deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
     flow_run_id = server.start_run(deployment)

@@ -99,6 +99,7 @@ def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
             stop(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_workers", [None, 2])
 def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(
     tmp_path: Path, max_workers: int | None
@@ -121,6 +122,7 @@ def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(
     assert state in ("CRASHED", "CANCELLED")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))
     (project / "conf/base/prefect.yml").write_text("task_runner: {max_workers: 2}\n")
@@ -130,6 +132,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert not (project / "ended.txt").exists()
 
 
+@pytest.mark.slow
 def test_no_record_is_waited_for_that_cannot_come(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))
     with (project / "src/tiny/hooks.py").open("a") as hooks:

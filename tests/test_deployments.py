@@ -116,6 +116,7 @@ def test_prefect_deploys_the_example_of_readme_and_a_worker_runs_it(
         assert server.finished(flow_run["id"])["state_type"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_registering_leaves_what_prefect_yaml_has_set(
     project: Path, server: Server, pool: str, example: str
 ) -> None:
@@ -130,6 +131,7 @@ def test_registering_leaves_what_prefect_yaml_has_set(
     assert after["tags"] == before["tags"]
 
 
+@pytest.mark.slow
 @needs_prefect_3
 def test_an_image_in_the_job_variables_is_registered(
     project: Path, server: Server, example: str
@@ -143,6 +145,7 @@ def test_an_image_in_the_job_variables_is_registered(
     assert job_variables(nightly)["image"] == "a:1"
 
 
+@pytest.mark.slow
 @needs_prefect_3
 def test_prefect_serves_the_flow(project: Path, server: Server) -> None:
     [command] = re.findall(
@@ -317,6 +320,8 @@ def save_secret(server: Server, name: str, value: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_a_private_repository_is_cloned_with_a_token_from_a_block(
     tmp_path: Path, project: Path, server: Server, example: str
 ) -> None:
@@ -377,6 +382,8 @@ def proxy(server: Server, requests: int) -> Iterator[str]:
         http.shutdown()
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [0, 2, 5])
 def test_a_connection_that_is_lost_half_way_is_one_message(
     project: Path, server: Server, pool: str, requests: int
@@ -391,6 +398,8 @@ def test_a_connection_that_is_lost_half_way_is_one_message(
     assert re.search("Error: (No Prefect server at|Deployment)", done.stderr)
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 @needs_prefect_3
 def test_a_wrong_password_is_one_message(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

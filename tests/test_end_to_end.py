@@ -16,12 +16,12 @@ import pytest
 from conftest import (
     KEDRO_OLD,
     PREFECT_3,
-    QUEUE,
     Server,
     copy_in,
     eventually,
     kedro_run,
     register,
+    register_and_forget,
     run,
     written_files,
 )
@@ -31,15 +31,6 @@ from tiny_project import write_tiny_project
 def trace(project: Path) -> Counter[str]:
     """The hook calls of the project's runs, how often each."""
     return Counter((project / "trace.jsonl").read_text().splitlines())
-
-
-def register_and_forget(project: Path, server: Server, pool: str, *arguments: str) -> str:
-    """Register, remove the traces of that, and return the deployment's full name."""
-    arguments = ("--work_pool_name", pool, "--work_queue_name", QUEUE, *arguments)
-    done = register(project, server, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (project / "trace.jsonl").unlink()
-    return re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
 
 
 def edges(server: Server, flow_run_id: str) -> set[tuple[str, str]]:
@@ -159,6 +150,8 @@ for thread in threads:
 """
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 @pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 cancels what runs beside a flow that ends")
 def test_of_runs_at_once_in_one_process_each_has_its_own_log_lines(
     server: Server, project: Path
@@ -185,6 +178,8 @@ loggers: {httpx: {level: INFO}}
 """
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_log_lines_about_sending_log_lines_do_not_multiply(server: Server, project: Path) -> None:
     (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 8\n")
     (project / "conf/logging.yml").write_text(LOGGING_OF_REQUESTS)
@@ -208,6 +203,7 @@ loggers:
 """
 
 
+@pytest.mark.slow
 def test_what_a_project_sends_itself_is_sent_once_at_its_level(
     server: Server, project: Path
 ) -> None:
@@ -225,6 +221,7 @@ def test_what_a_project_sends_itself_is_sent_once_at_its_level(
     assert messages["Completed node: add"] == 1
 
 
+@pytest.mark.slow
 def test_runs_of_two_deployments_at_once_both_succeed(
     server: Server, pool: str, project: Path
 ) -> None:

@@ -17,50 +17,46 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import BIN, PREFECT_3, Server, copy_in, eventually, register, stop
+from conftest import (
+    BIN,
+    PREFECT_3,
+    Server,
+    children,
+    copy_in,
+    eventually,
+    fail,
+    register,
+    stop,
+    write_config,
+    write_pipeline,
+)
 from features_project import KEDRO, write_features_project
+from flaky_project import mend, ran
 from test_features import FEATURES, compare
-from test_resuming import fail, flaky, mend, ran, retry  # noqa: F401
 from tiny_project import write_tiny_project
 
-pytestmark = [
-    pytest.mark.skipif(not PREFECT_3 or KEDRO < (0, 19), reason="needs Kedro 0.19 and Prefect 3"),
-    pytest.mark.skipif(KEDRO >= (1,) and not find_spec("distributed"), reason="its lane has it"),
-]
+pytestmark = pytest.mark.skipif(
+    not PREFECT_3 or KEDRO < (0, 19), reason="needs Kedro 0.19 and Prefect 3"
+)
 ENGINES = [
-    pytest.param(name, marks=pytest.mark.skipif(not find_spec(package), reason="its lane has it"))
-    for name, package in (("processes", "sys"), ("dask", "distributed"))
+    "processes",
+    pytest.param(
+        "dask",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not find_spec("distributed"), reason="not installed"),
+        ],
+    ),
 ]
-with_dask = pytest.mark.skipif(not find_spec("distributed"), reason="its lane has it")
-with_s3 = pytest.mark.skipif(not find_spec("moto"), reason="its lane has it")
+with_dask = pytest.mark.skipif(not find_spec("distributed"), reason="not installed")
+with_s3 = pytest.mark.skipif(not find_spec("moto"), reason="not installed")
 
 # Each process that runs nodes opens the project, and so has a context and a catalog of its own.
 PER_PROCESS = ("after_context_created", "after_catalog_created")
 
 
-def write_config(project: Path, text: str) -> None:
-    (project / "conf/base/prefect.yml").write_text(text + "\n")
-
-
-def write_pipeline(project: Path, functions: str, nodes: str) -> None:
-    """Give the project one pipeline, of these nodes."""
-    (project / "src/tiny/own.py").write_text(functions)
-    (project / "src/tiny/pipeline_registry.py").write_text(
-        "from kedro.pipeline import node, pipeline\nfrom tiny.own import *\n\n\n"
-        f"def register_pipelines():\n    return {{'__default__': pipeline([{nodes}])}}\n"
-    )
-
-
 def calls(run_: dict[str, Any]) -> list[str]:
     return [call for call in run_["trace"] if json.loads(call)[0] not in PER_PROCESS]
-
-
-def children() -> list[str]:
-    """The processes that run nodes."""
-    found = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True)
-    mine = f"{sys.executable} -uc"  # and not those of another lane
-    lines = [line for line in found.stdout.splitlines() if mine in line and "_be_child" in line]
-    return [line for line in lines if line.split()[1][0] != "Z"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -106,6 +102,8 @@ def talk_b(numbers):
 """
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_nodes_say_is_in_the_output_and_what_they_log_in_prefect(
     project: Path, server: Server, engine: str
@@ -223,6 +221,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.two_lanes
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engine: str) -> None:
     names = [*FAILURES, "dies_once", "fine"]
@@ -241,6 +240,7 @@ def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engi
     eventually(lambda: not children())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["threads", *ENGINES])
 def test_a_node_that_is_interrupted_ends_the_run(
     project: Path, server: Server, engine: str
@@ -254,6 +254,8 @@ def test_a_node_that_is_interrupted_ends_the_run(
     eventually(lambda: not children())
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_node_that_takes_too_long_is_stopped(project: Path, server: Server, engine: str) -> None:
     write_pipeline(project, FAILING, "node(sleeps, 'numbers', 'slept', name='sleeps')")
@@ -270,12 +272,10 @@ def test_a_node_that_takes_too_long_is_stopped(project: Path, server: Server, en
     assert not (project / "slept.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["threads", "processes"])
 def test_with_checkpoints_nothing_that_finished_runs_again(
-    server: Server,
-    pool: str,
-    flaky: Path,  # noqa: F811
-    engine: str,
+    server: Server, pool: str, flaky: Path, engine: str
 ) -> None:
     place = flaky / "handed on"
     write_config(flaky, f"task_runner: {{type: {engine}}}\ncheckpoints: {place}")
@@ -284,7 +284,7 @@ def test_with_checkpoints_nothing_that_finished_runs_again(
     assert kept == ["aside", "kept"]
     assert oct((place / flow_run_id).stat().st_mode)[-3:] == "700"
     mend(flaky)
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == ["flaky", "last"]
     assert not list(place.iterdir())
 
@@ -303,6 +303,7 @@ def save(*numbers):
 """
 
 
+@pytest.mark.two_lanes
 def test_datasets_may_have_any_name(project: Path, server: Server) -> None:
     odd = ["a/b", "a_b", "../up", "space: *?", "ü", "CON", "x" * 300, "name.space.data"]
     nodes = ", ".join(f"node(hand_on, 'numbers', {name!r})" for name in odd)
@@ -313,6 +314,7 @@ def test_datasets_may_have_any_name(project: Path, server: Server) -> None:
     assert not list((project / "handed_on").iterdir())
 
 
+@pytest.mark.two_lanes
 def test_what_cannot_be_handed_on_is_named(project: Path, server: Server) -> None:
     write_pipeline(
         project, ODD, "node(lines, 'numbers', 'drawn', name='draw'), node(save, 'drawn', 'total')"
@@ -330,6 +332,8 @@ def test_what_cannot_be_handed_on_is_named(project: Path, server: Server) -> Non
     assert f"{project}/full/" in done.stdout + done.stderr
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_code_that_changes_in_mid_run_is_not_mixed(project: Path, server: Server) -> None:
     functions = """
 import time
@@ -421,6 +425,8 @@ def test_what_has_to_be_installed_is_named(project: Path, server: Server) -> Non
     assert 'pip install "distributed"' in done.stderr
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_ctrl_c_and_a_kill_leave_no_process(project: Path, server: Server) -> None:
     write_pipeline(project, FAILING, "node(sleeps, 'numbers', 'slept', name='sleeps')")
     write_config(project, "task_runner: {type: processes}")
@@ -518,6 +524,7 @@ def left_on(port: int) -> dict[str, Any]:
         return {"workers": client.run(look), "tasks": tasks}
 
 
+@pytest.mark.slow
 @with_dask
 def test_a_dask_cluster_serves_projects_side_by_side_and_stays_as_it_was(
     dask_port: int, tmp_path: Path, server: Server
@@ -555,6 +562,7 @@ def test_a_dask_cluster_serves_projects_side_by_side_and_stays_as_it_was(
     assert all(found == ([], []) for found in left["workers"].values()), left
 
 
+@pytest.mark.slow
 @with_dask
 def test_no_credential_travels(dask_port: int, project: Path, server: Server) -> None:
     proxy = Proxy(dask_port)
@@ -574,6 +582,7 @@ def test_no_credential_travels(dask_port: int, project: Path, server: Server) ->
     assert "xyzzy4711" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @with_dask
 def test_a_cluster_that_is_not_there_is_named(project: Path, server: Server) -> None:
     write_config(project, "task_runner: {type: dask, address: 'tcp://127.0.0.1:9'}")
@@ -584,6 +593,7 @@ def test_a_cluster_that_is_not_there_is_named(project: Path, server: Server) -> 
     assert time.monotonic() - start < 45, "30 s for the cluster, the rest for the flow"
 
 
+@pytest.mark.slow
 @with_dask
 def test_resources_of_a_node_choose_its_worker(
     dask_port: int, project: Path, server: Server, tmp_path: Path
@@ -643,12 +653,13 @@ def s3_bucket(project: Path) -> Iterator[Any]:
         moto.stop()
 
 
+@pytest.mark.slow
 @with_s3
-def test_checkpoints_may_lie_on_s3(server: Server, pool: str, flaky: Path) -> None:  # noqa: F811
+def test_checkpoints_may_lie_on_s3(server: Server, pool: str, flaky: Path) -> None:
     with s3_bucket(flaky) as bucket:
         flow_run_id = fail(server, pool, flaky, "--env", "local")
         assert {key.key.split("/")[1] for key in bucket.objects.all()} == {flow_run_id}
         (flaky / "mended").touch()
-        assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+        assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
         assert ran(flaky) == ["flaky", "last"]
         assert not list(bucket.objects.all())

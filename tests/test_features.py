@@ -142,6 +142,7 @@ def test_confirmed_partitions_are_not_read_again(runs: dict[str, Any]) -> None:
     assert files["data/incoming/CHECKPOINT"] == "tuesday"
 
 
+@pytest.mark.slow
 def test_nodes_load_and_save_asynchronously_if_asked_to(tmp_path: Path, server: Server) -> None:
     project = copy_in(write_features_project(tmp_path / "project"))
     # prefect.yml of this environment says what `kedro run` is told by --async.
@@ -152,6 +153,7 @@ def test_nodes_load_and_save_asynchronously_if_asked_to(tmp_path: Path, server: 
     assert len({*threads, "MainThread"}) == 3
 
 
+@pytest.mark.slow
 def test_catalog_config_loader_and_session_may_be_classes_of_the_project(
     tmp_path: Path, server: Server
 ) -> None:

@@ -118,6 +118,14 @@ def test_what_only_conf_local_has_is_named(
     assert "xyzzy4711" not in done.stdout + done.stderr
 
 
+def test_an_environment_that_has_nothing_is_not_advised(project: Path) -> None:
+    for path in (project / "conf/local").iterdir():
+        path.unlink()
+    done = register(project, None, "--run", "--dry_run", "--nodes", "add")
+    assert done.returncode == 1
+    assert "Add it to conf/base, or run what makes it.\n" in done.stderr
+
+
 FLAT = 'CONFIG_LOADER_ARGS = {"base_env": ".", "default_run_env": "."}\n'
 OWN_LOADER = """\
 from kedro.config import AbstractConfigLoader
@@ -145,6 +153,7 @@ CONFIG_LOADER_CLASS = Loader
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "nested", "own loader"])
 def test_environments_that_kedro_run_takes(project: Path, server: Server, layout: str) -> None:
     if layout == "own loader" and KEDRO_OLD:
@@ -176,6 +185,7 @@ def test_environments_that_kedro_run_takes(project: Path, server: Server, layout
     assert json.loads((project / "data/total.json").read_text()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False])
 def test_log_lines_are_drawn_in_terminals_only(
     monkeypatch: pytest.MonkeyPatch, terminal: bool

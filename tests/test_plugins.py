@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import QUEUE, Server, kedro_run, register
 
+pytestmark = pytest.mark.slow
 needs_mlflow = pytest.mark.skipif(
     not find_spec("kedro_mlflow"), reason="for the environment with tests/requirements-plugins.txt"
 )

@@ -6,104 +6,11 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Server, eventually, register, stop
-from test_end_to_end import edges, register_and_forget, trace
-
-NODES = """
-import os
-
-
-def note(name, number):
-    with open("ran.txt", "a") as file:
-        file.write(name + " ")
-    return number
-
-
-def save(numbers):
-    return note("save", time.time_ns())
-
-
-def keep(numbers):
-    return note("keep", 1), time.time_ns()
-
-
-def aside(numbers):
-    return note("aside", 2)
-
-
-def finish_aside(aside):
-    return note("finish_aside", aside)
-
-
-def flaky(saved, kept):
-    note("flaky", 0)
-    Path("pid.txt").write_text(str(os.getpid()))
-    while Path("hang").exists():
-        time.sleep(0.1)
-    if not Path("mended").exists():
-        raise RuntimeError("not yet")
-    return {"saved": saved, "kept": kept}
-
-
-def last(result):
-    note("last", 0)
-    while Path("last_hangs").exists():
-        time.sleep(0.1)
-    if Path("last_fails").exists():
-        raise RuntimeError("not yet either")
-    return result
-"""
-
-PIPELINE = """
-    flaky = pipeline([
-        node(nodes.save, "numbers", "saved", name="save"),
-        node(nodes.keep, "numbers", ["kept", "kept_copy"], name="keep"),
-        node(nodes.aside, "numbers", "aside", name="aside"),
-        node(nodes.finish_aside, ["aside"], "side", name="finish_aside"),
-        node(nodes.flaky, ["saved", "kept"], "result", name="flaky"),
-        node(nodes.last, "result", "end", name="last"),
-    ])
-    return {"flaky": flaky, """
-
-CATALOG = """
-saved: {type: pickle.PickleDataset, filepath: data/saved.pickle, versioned: true}
-kept_copy: {type: pickle.PickleDataset, filepath: data/kept.pickle, versioned: true}
-result: {type: json.JSONDataset, filepath: data/result.json, versioned: true}
-end: {type: json.JSONDataset, filepath: data/end.json}
-"""
-ALL = ["aside", "finish_aside", "flaky", "keep", "save"]
-
-
-@pytest.fixture
-def flaky(project: Path) -> Path:
-    """The tiny project with a pipeline that fails until it is mended."""
-    for name, text in (("src/tiny/nodes.py", NODES), ("conf/base/catalog.yml", CATALOG)):
-        with (project / name).open("a") as file:
-            file.write(text)
-    registry = project / "src/tiny/pipeline_registry.py"
-    registry.write_text(registry.read_text().replace("\n    return {", PIPELINE))
-    return project
-
-
-def ran(project: Path) -> list[str]:
-    """The nodes that have been run since this was asked for."""
-    path = project / "ran.txt"
-    names = sorted(path.read_text().split()) if path.exists() else []
-    path.unlink(missing_ok=True)
-    return names
-
-
-def retry(server: Server, flow_run_id: str) -> dict[str, Any]:
-    """Do what the button in the UI does, and wait for the end."""
-    server.await_idle_worker()
-    state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
-    before = server.flow_run(flow_run_id)["state"]["id"]
-    server.post(f"/flow_runs/{flow_run_id}/set_state", {"state": state})
-    eventually(lambda: server.flow_run(flow_run_id)["state"]["id"] != before)
-    return server.finished(flow_run_id)
+from conftest import Server, eventually, fail, register, register_and_forget, stop
+from flaky_project import ALL, mend, ran
+from test_end_to_end import edges, trace
 
 
 def logged(server: Server, flow_run_id: str) -> list[str]:
@@ -111,21 +18,6 @@ def logged(server: Server, flow_run_id: str) -> list[str]:
     logs = server.logs(flow_run_id)
     starts = ("Resuming", "Runs again", "All nodes run again")
     return sorted(log["message"] for log in logs if log["message"].startswith(starts))
-
-
-def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
-    """Let a flow run fail, and return its id."""
-    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", *arguments)
-    flow_run_id = server.start_run(deployment)
-    assert server.finished(flow_run_id)["state_type"] == "FAILED"
-    assert ran(project) == ALL
-    return flow_run_id
-
-
-def mend(project: Path) -> None:
-    """Mend the code: what runs then is another function, in a node of the same name."""
-    nodes = project / "src/tiny/nodes.py"
-    nodes.write_text(nodes.read_text().replace('Path("mended").exists()', "True"))
 
 
 def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky: Path) -> None:
@@ -140,7 +32,7 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
     ran(flaky)
     before = trace(flaky)
 
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == ["flaky", "keep", "last"]
     assert json.loads((flaky / "data/end.json").read_text())["saved"] < newer
     versions = {path.name for path in (flaky / "data/result.json").iterdir()}
@@ -170,20 +62,23 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
     assert states["save"] == states["finish_aside"] == "Completed"
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_a_retry_can_be_retried(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
     (flaky / "mended").touch()
     (flaky / "last_fails").touch()
-    assert retry(server, flow_run_id)["state_type"] == "FAILED"
+    assert server.retry(flow_run_id)["state_type"] == "FAILED"
     assert ran(flaky) == ["flaky", "keep", "last"]
     (flaky / "last_fails").unlink()
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == ["last"], "what the second attempt has completed does not run again"
     # The third attempt failed nowhere: there is nothing left that could run.
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == []
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_was_running_runs_again(
     server: Server, pool: str, flaky: Path
 ) -> None:
@@ -202,41 +97,45 @@ def test_after_a_kill_only_what_was_running_runs_again(
     assert ran(flaky) == ALL
     (flaky / "hang").unlink()
     (flaky / "mended").touch()
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == ["flaky", "keep", "last"]
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_all_nodes_run_again_where_that_is_safer(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
     said = "All nodes run again: parameters or nodes are others than before"
 
     body = {"parameters": {"pipeline_name": "flaky", "runtime_params": {"factor": 4}}}
     server.request("PATCH", f"/flow_runs/{flow_run_id}", body)
-    assert retry(server, flow_run_id)["state_type"] == "FAILED"
+    assert server.retry(flow_run_id)["state_type"] == "FAILED"
     assert ran(flaky) == ALL
     eventually(lambda: logged(server, flow_run_id) == [said])
 
     registry = flaky / "src/tiny/pipeline_registry.py"
     added = 'node(nodes.save, "numbers", "more", name="more"),\n        node(nodes.last'
     registry.write_text(registry.read_text().replace("node(nodes.last", added))
-    assert retry(server, flow_run_id)["state_type"] == "FAILED"
+    assert server.retry(flow_run_id)["state_type"] == "FAILED"
     assert ran(flaky) == sorted([*ALL, "save"])
     eventually(lambda: logged(server, flow_run_id) == [said, said])
 
     (flaky / "mended").touch()
     (flaky / "conf/base/prefect.yml").write_text("task_runner: {resume: false}\n")
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == sorted([*ALL, "save", "last"])
     assert logged(server, flow_run_id) == [said, said]
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_what_has_changed_or_is_gone_runs_again(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
     (flaky / "mended").touch()
     (flaky / "data/side.json").unlink()
     catalog = flaky / "conf/base/catalog.yml"
     catalog.write_text(catalog.read_text().replace("data/saved.pickle", "data/stored.pickle"))
-    assert retry(server, flow_run_id)["state_type"] == "COMPLETED"
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == sorted([*ALL, "last"])
     eventually(lambda: len(logged(server, flow_run_id)) == 7)
     lines = logged(server, flow_run_id)
@@ -260,6 +159,8 @@ def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
     assert ran(flaky) == sorted([*ALL, "flaky", "keep", "last"])
 
 
+@pytest.mark.two_lanes
+@pytest.mark.slow
 def test_the_server_may_be_away_for_a_while(
     flaky: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -77,9 +77,7 @@ def test_nodes_run_side_by_side(in_process: Server) -> None:
     assert run_in_flow(nodes, max_workers=2)[0].is_completed()
 
 
-def test_a_node_starts_when_its_inputs_are_there_whatever_else_goes_on(
-    in_process: Server,
-) -> None:
+def test_a_node_starts_when_its_inputs_are_there_whatever_else_goes_on(in_process: Server) -> None:
     second_ran = threading.Event()
 
     def slow() -> int:

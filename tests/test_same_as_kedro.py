@@ -20,23 +20,32 @@ from conftest import (
     Server,
     copy_in,
     eventually,
+    is_gone,
     kedro_run,
     register,
+    register_and_forget,
     run,
+    write_config,
     written_files,
 )
 from habits_project import HABITS, write_habits_project
-from test_end_to_end import register_and_forget
 from test_features import compare
 
 MODES = [
     "default",
     pytest.param(
         "processes",
-        marks=pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="not in this lane"),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="not in this lane"),
+        ],
     ),
     pytest.param(
-        "dask", marks=pytest.mark.skipif(not find_spec("distributed"), reason="its lane has it")
+        "dask",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not find_spec("distributed"), reason="not installed"),
+        ],
     ),
 ]
 
@@ -69,13 +78,7 @@ def test_a_flow_run_writes_what_kedro_run_writes(runs: dict[str, Any], habit: st
     assert [name for name, data in kedro["files"].items() if prefect["files"][name] != data] == []
 
 
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="the same in all lanes")
 @pytest.mark.parametrize("mode", ["threads", *MODES])
 @pytest.mark.parametrize("end", ["completed", "killed"])
@@ -102,10 +105,6 @@ def test_what_nodes_have_started_ends_with_the_run(
 @pytest.fixture
 def habits(tmp_path: Path) -> Path:
     return copy_in(write_habits_project(tmp_path / "project"))
-
-
-def write_config(project: Path, text: str) -> None:
-    (project / "conf/base/prefect.yml").write_text(text)
 
 
 RETRIED = [
@@ -162,6 +161,7 @@ def test_keys_are_the_same_in_each_process(habits: Path) -> None:
     assert len(said.pop()) == 16
 
 
+@pytest.mark.slow
 def test_pipelines_are_those_that_the_parameters_make(
     habits: Path, server: Server, pool: str
 ) -> None:
@@ -174,6 +174,7 @@ def test_pipelines_are_those_that_the_parameters_make(
     assert json.loads((habits / "data/made_sum.json").read_text()) == 0 + 1 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(KEDRO_OLD, reason="Kedro 0.19 brought runtime_params")
 def test_values_that_come_with_the_run_are_named_when_registering(
     habits: Path, server: Server, pool: str
@@ -212,6 +213,7 @@ loggers: {kedro: {level: INFO}}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(KEDRO_OLD, reason="Kedro 0.19 brought conf/logging.yml")
 def test_the_projects_logging_counts_wherever_it_is_started(habits: Path, server: Server) -> None:
     (habits / "conf/logging.yml").write_text(LOGGING)
@@ -228,6 +230,7 @@ def test_a_run_loads_the_versions_it_has_saved(habits: Path, server: Server, run
     assert json.loads((habits / "data/own_version.json").read_text()) == {"mine": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 runs tasks in threads")
 def test_a_timeout_ends_a_node_that_sleeps(habits: Path, server: Server) -> None:
     write_config(habits, "tasks: {rest: {timeout_seconds: 1}}\n")
@@ -239,6 +242,7 @@ def test_a_timeout_ends_a_node_that_sleeps(habits: Path, server: Server) -> None
     assert (habits / "ran.txt").read_text().split() == ["rest60"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_interrupts_the_running_node(habits: Path, server: Server) -> None:
     command = [sys.executable, habits / "register_prefect_flow.py", "--run", "-p", "rests"]
     process = server.start(command, "interrupted", habits, server.env)
@@ -258,6 +262,7 @@ def test_ctrl_c_interrupts_the_running_node(habits: Path, server: Server) -> Non
     assert flow_run["state_type"] in ("CRASHED", "FAILED")
 
 
+@pytest.mark.slow
 def test_cancelling_ends_the_running_node(habits: Path, server: Server, pool: str) -> None:
     flow_run_id = server.start_run(register_and_forget(habits, server, pool, "-p", "rests"))
     eventually((habits / "ran.txt").exists)
@@ -312,6 +317,7 @@ script.prefect_deploy(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KEDRO_1, reason="one lane tells")
 def test_nothing_needs_names_that_windows_does_not_have(
     habits: Path, server: Server, pool: str

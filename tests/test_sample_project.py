@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import KEDRO_1, PREFECT_3, SCRIPT, Server, copy_in, kedro_run, register, written_files
 
-pytestmark = pytest.mark.skipif(
-    not (KEDRO_1 and PREFECT_3), reason="it is written for the current lane"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (KEDRO_1 and PREFECT_3), reason="it is written for the current lane"),
+]
 
 
 def copy_of_the_sample(path: Path) -> Path:

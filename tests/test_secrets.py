@@ -8,16 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import KEDRO_1, PREFECT_3, Server, eventually, stop
+from conftest import KEDRO_1, PREFECT_3, Server, eventually, register_and_forget, stop, write_config
 from test_deployments import save_secret
-from test_end_to_end import assert_kept_nowhere, register_and_forget
-from test_engines import ENGINES, write_config
+from test_end_to_end import assert_kept_nowhere
+from test_engines import ENGINES
 from test_faults import cancel, own_worker, resume
-from test_resuming import flaky, retry  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    not (PREFECT_3 and KEDRO_1 and find_spec("distributed")), reason="its lane has it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (PREFECT_3 and KEDRO_1 and find_spec("distributed")), reason="its lane has it"
+    ),
+]
 ALL_ENGINES = ["threads", *ENGINES]
 # Of conf/local, of the worker's environment, of a block: none is in any text that Prefect is told.
 SECRETS = [f"{number}-s3cret-{os.getpid()}" for number in ("eleventh", "twelfth", "thirteenth")]
@@ -43,12 +45,7 @@ def hide_secrets(server: Server, project: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ALL_ENGINES)
-def test_secrets_are_kept_nowhere(
-    server: Server,
-    flaky: Path,  # noqa: F811
-    tmp_path: Path,
-    engine: str,
-) -> None:
+def test_secrets_are_kept_nowhere(server: Server, flaky: Path, tmp_path: Path, engine: str) -> None:
     hide_secrets(server, flaky)
     pool = f"secret-{engine}"
 
@@ -82,7 +79,7 @@ def test_secrets_are_kept_nowhere(
         assert flow_run["state_type"] == "CANCELLED", flow_run["state"]["message"]
         search()
         (flaky / "hang").unlink()
-        assert retry(server, flow_run_id)["state_type"] == "FAILED"
+        assert server.retry(flow_run_id)["state_type"] == "FAILED"
         search()
         (flaky / "seen.txt").unlink()
         assert "last" in resume(server, flaky, flow_run_id)
@@ -90,11 +87,7 @@ def test_secrets_are_kept_nowhere(
 
 
 @pytest.mark.parametrize("engine", ALL_ENGINES)
-def test_nothing_listens_but_the_engine(
-    server: Server,
-    flaky: Path,  # noqa: F811
-    engine: str,
-) -> None:
+def test_nothing_listens_but_the_engine(server: Server, flaky: Path, engine: str) -> None:
     import psutil
 
     (flaky / "hang").touch()
