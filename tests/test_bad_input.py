@@ -216,6 +216,7 @@ def odd_server() -> Iterator[SimpleNamespace]:
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
@@ -226,9 +227,9 @@ def odd_server() -> Iterator[SimpleNamespace]:
         (422, b"wrong", "422 Unprocessable"),
         (500, b"broken", "500 Internal Server Error.*broken"),
         (501, b"", "501 Not Implemented"),
-        (200, b"<html>a web page", "what answers is not Prefect's API, whose URL ends in /api"),
-        (200, b"{}", "what answers is not Prefect's API, whose URL ends in /api"),
-        (200, b"\xff\x00", "what answers is not Prefect's API, whose URL ends in /api"),
+        (200, b"<html>a web page", "what answers is no Prefect API, whose URL ends in /api"),
+        (200, b"{}", "what answers is no Prefect API, whose URL ends in /api"),
+        (200, b"\xff\x00", "what answers is no Prefect API, whose URL ends in /api"),
     ],
 )
 def test_what_a_server_answers_is_one_message(
@@ -262,6 +263,7 @@ print(json.dumps([str(my_flow(**each, return_state=True).message) for each in tr
 """
 
 
+@pytest.mark.slow
 def test_parameters_of_a_flow_run_are_refused_in_its_state(project: Path, server: Server) -> None:
     tried = json.dumps([parameters for parameters, _ in PARAMETERS])
     done = run(sys.executable, "-c", TRY, tried, cwd=project, env=server.env)

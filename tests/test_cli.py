@@ -177,6 +177,7 @@ def test_no_server_configured(project: Path) -> None:
     assert "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--run"]])
 def test_server_that_is_not_there(project: Path, arguments: list[str]) -> None:
     with closing(socket.socket()) as unused:
@@ -206,6 +207,7 @@ def mute_server() -> Iterator[str]:
         connection.close()
 
 
+@pytest.mark.slow
 def test_server_that_does_not_answer(project: Path, mute_server: str) -> None:
     message = refused(project, None, env={"PREFECT_API_URL": mute_server})
     assert f"No Prefect server at {mute_server}: no answer within 10 s" in message

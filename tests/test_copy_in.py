@@ -167,6 +167,7 @@ except script.click.ClickException as error:
 """
 
 
+@pytest.mark.slow
 def test_it_leaves_nothing_in_the_project_but_the_outputs(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))
     before = {path for path in project.rglob("*") if "__pycache__" not in path.parts}

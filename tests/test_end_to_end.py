@@ -345,6 +345,7 @@ FLAKY_PIPELINE = """
     return {"flaky": flaky, """
 
 
+@pytest.mark.slow
 def test_a_retried_flow_run_runs_all_nodes_again(server: Server, pool: str, project: Path) -> None:
     with (project / "src/tiny/nodes.py").open("a") as nodes:
         nodes.write(FLAKY_NODES)
@@ -418,6 +419,7 @@ def assert_kept_nowhere(server: Server, secrets: list[str]) -> None:
             assert secret.encode() not in content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["success", "credentials", "rows"])
 def test_what_an_exception_refers_to_is_kept_nowhere(
     server: Server, pool: str, project: Path, how: str

@@ -59,6 +59,7 @@ def calls(run_: dict[str, Any]) -> list[str]:
     return [call for call in run_["trace"] if json.loads(call)[0] not in PER_PROCESS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_does_what_kedro_run_does(tmp_path: Path, server: Server, engine: str) -> None:
     names = ["newest version"]

@@ -77,6 +77,7 @@ def test_hooks_are_called_as_often_as_by_kedro_run(project: Path, server: Server
     assert sum(ours.values()) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["registering", "running"])
 def test_an_input_that_a_filter_cuts_off_is_explained(
     project: Path, server: Server, how: str
@@ -91,6 +92,7 @@ def test_an_input_that_a_filter_cuts_off_is_explained(
     assert how == "running" or "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["registering", "running"])
 @pytest.mark.parametrize("missing", ["dataset", "credentials"])
 def test_what_only_conf_local_has_is_named(

@@ -116,6 +116,7 @@ RETRIED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", RETRIED)
 def test_a_task_that_is_retried_replaces_what_it_has_saved(
     habits: Path, tmp_path: Path, server: Server, runner: str
@@ -134,6 +135,7 @@ def test_a_task_that_is_retried_replaces_what_it_has_saved(
     assert written_files(habits) == written_files(undisturbed)
 
 
+@pytest.mark.slow
 def test_what_a_hook_changes_before_the_run_is_no_reason_to_run_again(
     habits: Path, server: Server
 ) -> None:
@@ -150,6 +152,7 @@ print(_digest({"a": {"x", "y", "z", "w"}, 1: frozenset("abc"), None: [object(), 
 """
 
 
+@pytest.mark.slow
 def test_keys_are_the_same_in_each_process(habits: Path) -> None:
     said = {
         run(sys.executable, "-c", SPELL, cwd=habits, env={"PYTHONHASHSEED": seed}).stdout.split()[
@@ -222,6 +225,7 @@ def test_the_projects_logging_counts_wherever_it_is_started(habits: Path, server
     assert "Completed 2 out of 2 tasks" in (habits / "of_project.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", RETRIED)
 def test_a_run_loads_the_versions_it_has_saved(habits: Path, server: Server, runner: str) -> None:
     write_config(habits, f"task_runner: {{{runner}}}\n")
