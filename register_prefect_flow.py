@@ -2188,8 +2188,8 @@ _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; fo
     ("to_nodes", "--to-nodes", cli.split_node_names, "NODE,...", "Only up to these."),
     ("from_inputs", "--from-inputs", cli.split_string, "DATA,...", "Only what needs these."),
     ("to_outputs", "--to-outputs", cli.split_string, "DATA,...", "Only what these need."),
-    ("namespaces", "-ns --namespaces --namespace", cli.split_node_names, "NAME,...", "Only nodes in these."),
-    ("load_versions", "-lv --load-versions", cli._split_load_versions, "DATA:VERSION", "Versions to load."),
+    ("namespaces", "-ns --namespaces --namespace", cli.split_node_names, "NAME,...", "Only these."),
+    ("load_versions", "-lv --load-versions", cli._split_load_versions, "DATA:VERSION", "Versions."),
     ("conf_source", "--conf-source", None, "PATH", "Configuration in another place than conf."),
     ("checkpoints", "--checkpoints", None, "URL", "Where nodes hand on data."),
 )  # fmt: skip
