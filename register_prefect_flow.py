@@ -562,7 +562,9 @@ def _remedies(message: str, options: Options) -> str:
     """Say where an input may come from that a message calls missing, or credentials."""
     conf, env = Path(_locate_conf(options)), _environment(options)
     is_input = "pipeline input" in message.lower()  # as Kedro says, and we do
-    text = f" Add it to {conf.name}/{env}, or run what makes it." * is_input
+    place = "parameters" if "params:" in message else "catalog"
+    text = f" Add it to the {place} in {conf.name}, or run what makes it." * is_input
+    text = "." * (is_input and message[-1] != ".") + text
     local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
     has_files = any((conf / local).glob("**/*.y*ml"))
     if env != local and (is_input or "redential" in message) and has_files:
@@ -600,9 +602,10 @@ def _load_datasets(opened: _Opened, options: Options) -> tuple[dict[str, Any | N
         names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
         datasets = {name: _get_dataset(catalog, name) for name in names}
     missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
-    if inputs := ", ".join(name for name in missing if not _is_parameter(name)):
+    if inputs := [name for name in missing if not _is_parameter(name)]:
         problem = "No catalog entry, pattern or parameter provides pipeline input"
-        raise ClickException(f"{problem} {inputs}.")
+        entries = [name for name in context.config_loader["catalog"] if name[0] != "_"]
+        raise _unknown(f"{problem} {', '.join(inputs)}.", inputs[0], entries, "entries")
     return datasets, [name.removeprefix("params:") for name in missing]
 
 
@@ -874,7 +877,7 @@ def _describe_run(nodes: Pipeline, records: Any, error: BaseException | None, ad
         text = f"{type(error).__name__}: {_text_of(error)[:TEXT_SHOWN]}\n"
         parts.append(textwrap.indent(text, " " * 4))
     if advice:
-        parts.append(f"As Kedro says:\n\n{textwrap.indent(advice, ' ' * 4)}\n")
+        parts.append(f"How to go on:\n\n{textwrap.indent(advice, ' ' * 4)}\n")
     states = {node.name: records[node.name].state for node in nodes.nodes}
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
     drawn = _picture(nodes, states) if states else ""
@@ -1633,7 +1636,7 @@ class PrefectRunner(SequentialRunner):
                     dataset.save(self._checkpoint(name).load())
         else:
             self._run_tasks(pipeline, catalog, here, None)
-        outputs = sorted(pipeline.outputs())
+        outputs = sorted(self._nodes.outputs())
         self._outputs = {name: _where(name, _get_dataset(catalog, name)) for name in outputs}
 
     def _prepare(self, catalog: Any, pipeline: Pipeline, session_id: str | None) -> None:
@@ -1953,8 +1956,12 @@ def kedro_init(options: Options) -> Any:
 def _end_run(runner: PrefectRunner, error: BaseException | None) -> None:
     if runner._checkpoint:
         _end_checkpoints(error is None, *runner._checkpoint.args)
+    advice = runner._suggestion
+    if error and runner._resume:
+        get_run_logger().info(again := "Retry this flow run, and it goes on where it failed.")
+        advice += f"\n{again}"
     if runner._has_artifacts:
-        about = (runner._nodes, runner._records, error, runner._suggestion)
+        about = (runner._nodes, runner._records, error, advice)
         _show("account of this run", f"{_package_key()}-run", lambda: _describe_run(*about))
 
 

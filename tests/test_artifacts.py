@@ -177,6 +177,7 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
     assert "has failed" in account.splitlines()[0]
     assert "\n    ValueError: no ``` such\n    # thing\n" in account
     assert "--from-nodes" in account
+    assert "\n    Retry this flow run, and it goes on where it failed.\n" in account
     assert "7 nodes: 6 completed, 1 failed\n" in account
     fills = {name: fill for name, (_, _, fill) in boxes(picture(account)).items()}
     assert fills == {

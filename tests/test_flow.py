@@ -88,7 +88,8 @@ def test_an_input_that_a_filter_cuts_off_is_explained(
     message = done.stderr[done.stderr.index("Error: ") :]
     if how == "registering":
         assert "provides pipeline input doubled, scaled." in message
-    assert "Add it to conf/base, or run what makes it." in message
+        assert "The entries are: " in message
+    assert "Add it to the catalog in conf, or run what makes it." in message
     assert how == "running" or "Traceback" not in done.stderr
 
 
@@ -125,7 +126,7 @@ def test_an_environment_that_has_nothing_is_not_advised(project: Path) -> None:
         path.unlink()
     done = register(project, None, "--run", "--dry_run", "--nodes", "add")
     assert done.returncode == 1
-    assert "Add it to conf/base, or run what makes it.\n" in done.stderr
+    assert "Add it to the catalog in conf, or run what makes it.\n" in done.stderr
 
 
 FLAT = 'CONFIG_LOADER_ARGS = {"base_env": ".", "default_run_env": "."}\n'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -158,6 +159,8 @@ def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
     done = register(flaky, server, "--run", "--pipeline", "flaky")
     assert done.returncode == 0, done.stdout + done.stderr
     assert ran(flaky) == sorted([*ALL, "flaky", "keep", "last"])
+    outputs = done.stdout.partition("Its outputs:\n")[2]
+    assert re.findall(r"(?m)^  (\w+): ", outputs) == ["end", "kept_copy", "side"], "of all nodes"
 
 
 @pytest.mark.two_lanes
