@@ -150,8 +150,8 @@ def test_pipeline_input_that_nothing_provides(project: Path) -> None:
     catalog = project / "conf/base/catalog.yml"
     catalog.write_text(catalog.read_text().replace("numbers:", "digits:", 1))
     message = refused(project, None, "--run", "--dry_run")
-    assert "pipeline input numbers" in message
-    assert "conf/base" in message
+    assert "pipeline input numbers. The entries are: digits" in message
+    assert "Add it to the catalog in conf, or run what makes it." in message
 
 
 def test_pipeline_registry_that_raises(project: Path) -> None:
