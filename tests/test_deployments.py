@@ -321,7 +321,7 @@ def save_secret(server: Server, name: str, value: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_a_private_repository_is_cloned_with_a_token_from_a_block(
     tmp_path: Path, project: Path, server: Server, example: str
@@ -383,7 +383,7 @@ def proxy(server: Server, requests: int) -> Iterator[str]:
         http.shutdown()
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 @pytest.mark.parametrize("requests", [0, 2, 5])
 def test_a_connection_that_is_lost_half_way_is_one_message(
@@ -399,7 +399,7 @@ def test_a_connection_that_is_lost_half_way_is_one_message(
     assert re.search("Error: (No Prefect server at|Deployment)", done.stderr)
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 @needs_prefect_3
 def test_a_wrong_password_is_one_message(

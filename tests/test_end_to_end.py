@@ -150,7 +150,7 @@ for thread in threads:
 """
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 @pytest.mark.skipif(not PREFECT_3, reason="Prefect 2 cancels what runs beside a flow that ends")
 def test_of_runs_at_once_in_one_process_each_has_its_own_log_lines(
@@ -178,7 +178,7 @@ loggers: {httpx: {level: INFO}}
 """
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_log_lines_about_sending_log_lines_do_not_multiply(server: Server, project: Path) -> None:
     (project / "conf/base/parameters.yml").write_text("factor: 3\npause: 8\n")

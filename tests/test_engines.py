@@ -103,7 +103,7 @@ def talk_b(numbers):
 """
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_nodes_say_is_in_the_output_and_what_they_log_in_prefect(
@@ -222,7 +222,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engine: str) -> None:
     names = [*FAILURES, "dies_once", "fine"]
@@ -255,7 +255,7 @@ def test_a_node_that_is_interrupted_ends_the_run(
     eventually(lambda: not children())
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_node_that_takes_too_long_is_stopped(project: Path, server: Server, engine: str) -> None:
@@ -304,7 +304,7 @@ def save(*numbers):
 """
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 def test_datasets_may_have_any_name(project: Path, server: Server) -> None:
     odd = ["a/b", "a_b", "../up", "space: *?", "ü", "CON", "x" * 300, "name.space.data"]
     nodes = ", ".join(f"node(hand_on, 'numbers', {name!r})" for name in odd)
@@ -315,7 +315,7 @@ def test_datasets_may_have_any_name(project: Path, server: Server) -> None:
     assert not list((project / "handed_on").iterdir())
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 def test_what_cannot_be_handed_on_is_named(project: Path, server: Server) -> None:
     write_pipeline(
         project, ODD, "node(lines, 'numbers', 'drawn', name='draw'), node(save, 'drawn', 'total')"
@@ -333,7 +333,7 @@ def test_what_cannot_be_handed_on_is_named(project: Path, server: Server) -> Non
     assert f"{project}/full/" in done.stdout + done.stderr
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_code_that_changes_in_mid_run_is_not_mixed(project: Path, server: Server) -> None:
     functions = """
@@ -426,7 +426,7 @@ def test_what_has_to_be_installed_is_named(project: Path, server: Server) -> Non
     assert 'pip install "distributed"' in done.stderr
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_ctrl_c_and_a_kill_leave_no_process(project: Path, server: Server) -> None:
     write_pipeline(project, FAILING, "node(sleeps, 'numbers', 'slept', name='sleeps')")

@@ -63,7 +63,7 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
     assert states["save"] == states["finish_aside"] == "Completed"
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_a_retry_can_be_retried(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
@@ -102,7 +102,7 @@ def test_after_a_kill_only_what_was_running_runs_again(
     assert ran(flaky) == ["flaky", "keep", "last"]
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_all_nodes_run_again_where_that_is_safer(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
@@ -128,7 +128,7 @@ def test_all_nodes_run_again_where_that_is_safer(server: Server, pool: str, flak
     assert logged(server, flow_run_id) == [said, said]
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_what_has_changed_or_is_gone_runs_again(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
@@ -163,7 +163,7 @@ def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
     assert re.findall(r"(?m)^  (\w+): ", outputs) == ["end", "kept_copy", "side"], "of all nodes"
 
 
-@pytest.mark.two_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_the_server_may_be_away_for_a_while(
     flaky: Path, tmp_path_factory: pytest.TempPathFactory
