@@ -465,13 +465,18 @@ def _adopt_session_id(session: Any, session_id: str) -> None:
         session._store["session_id"] = session_id
 
 
+def _load_conf(session: Any, options: Options, kind: str) -> Any:
+    """Load the catalog or credentials with the project's own config loader; none: nothing."""
+    with suppress(MissingConfigException):
+        return _call_with_params(session._get_config_loader, options)[kind]
+    return {}
+
+
 def _read_credentials(session: Any, options: Options, name: str) -> Options:
     """Return an entry of credentials.yml; without a name, nothing."""
     if not name:
         return {}
-    found: Any = {}
-    with suppress(MissingConfigException):
-        found = _call_with_params(session._get_config_loader, options)["credentials"]
+    found = _load_conf(session, options, "credentials")
     if name not in found:
         problem = f"There are no credentials '{name}' in environment '{options['env']}'."
         raise _unknown(problem, name, found, "credentials")
@@ -563,8 +568,8 @@ def _remedies(message: str, options: Options) -> str:
     conf, env = Path(_locate_conf(options)), _environment(options)
     is_input = "pipeline input" in message.lower()  # as Kedro says, and we do
     place = "parameters" if "params:" in message else "catalog"
-    text = f" Add it to the {place} in {conf.name}, or run what makes it." * is_input
-    text = "." * (is_input and message[-1] != ".") + text
+    stop = "" if message.endswith(".") else "."
+    text = f"{stop} Add it to the {place} in {conf.name}, or run what makes it." * is_input
     local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
     has_files = any((conf / local).glob("**/*.y*ml"))
     if env != local and (is_input or "redential" in message) and has_files:
@@ -604,7 +609,7 @@ def _load_datasets(opened: _Opened, options: Options) -> tuple[dict[str, Any | N
     missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
     if inputs := [name for name in missing if not _is_parameter(name)]:
         problem = "No catalog entry, pattern or parameter provides pipeline input"
-        entries = [name for name in context.config_loader["catalog"] if name[0] != "_"]
+        entries = [name for name in _load_conf(session, options, "catalog") if name[0] != "_"]
         raise _unknown(f"{problem} {', '.join(inputs)}.", inputs[0], entries, "entries")
     return datasets, [name.removeprefix("params:") for name in missing]
 
@@ -1958,7 +1963,8 @@ def _end_run(runner: PrefectRunner, error: BaseException | None) -> None:
         _end_checkpoints(error is None, *runner._checkpoint.args)
     advice = runner._suggestion
     if error and runner._resume:
-        get_run_logger().info(again := "Retry this flow run, and it goes on where it failed.")
+        again = "Retry this flow run, and it goes on where it failed."
+        get_run_logger().info(again)
         advice += f"\n{again}"
     if runner._has_artifacts:
         about = (runner._nodes, runner._records, error, advice)

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ DOCUMENTED = prefect.__version__ == "2.10.17"
 KEDRO_OLD = kedro.__version__.startswith("0.18")
 KEDRO_1 = int(kedro.__version__.split(".")[0]) >= 1
 MemoryDataset = getattr(kedro.io, "MemoryDataset", None) or kedro.io.MemoryDataSet  # 0.18.12
+DASK = pytest.param(
+    "dask",
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(not find_spec("distributed"), reason="not installed"),
+    ],
+)
 POOL_TYPE = "prefect-agent" if DOCUMENTED else "process"
 QUEUE = "nightly"
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import (
     BIN,
+    DASK,
     PREFECT_3,
     Server,
     children,
@@ -38,16 +39,7 @@ from tiny_project import write_tiny_project
 pytestmark = pytest.mark.skipif(
     not PREFECT_3 or KEDRO < (0, 19), reason="needs Kedro 0.19 and Prefect 3"
 )
-ENGINES = [
-    "processes",
-    pytest.param(
-        "dask",
-        marks=[
-            pytest.mark.slow,
-            pytest.mark.skipif(not find_spec("distributed"), reason="not installed"),
-        ],
-    ),
-]
+ENGINES = ["processes", DASK]
 with_dask = pytest.mark.skipif(not find_spec("distributed"), reason="not installed")
 with_s3 = pytest.mark.skipif(not find_spec("moto"), reason="not installed")
 

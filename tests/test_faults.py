@@ -588,7 +588,7 @@ def test_flow_runs_that_start_in_the_same_millisecond_have_versions_of_their_own
 
 
 # How many flow runs at once, and how many after each other; LOAD="20 50" takes half an hour.
-AT_ONCE, IN_A_ROW = (int(number) for number in os.environ.get("LOAD", "4 4").split())
+AT_ONCE, IN_A_ROW = (int(number) for number in os.environ.get("LOAD", "6 6").split())
 
 
 def test_many_runs_complete_and_leave_nothing_with_the_worker(

@@ -52,7 +52,7 @@ def test_every_option_is_explained() -> None:
 def test_ci_runs_the_commands_of_the_readme() -> None:
     assert "-m pytest tests" in block("test command")
     for name in ("run command", "test command"):
-        assert f'readme "{name}"' in (ROOT / ".ci/run").read_text()
+        assert f'readme "{name}"\n' in (ROOT / ".ci/run").read_text()
 
 
 @pytest.mark.parametrize("name", ["run command", "test command"])

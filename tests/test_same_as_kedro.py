@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import (
+    DASK,
     DOCUMENTED,
     KEDRO_1,
     KEDRO_OLD,
@@ -40,13 +40,7 @@ MODES = [
             pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="not in this lane"),
         ],
     ),
-    pytest.param(
-        "dask",
-        marks=[
-            pytest.mark.slow,
-            pytest.mark.skipif(not find_spec("distributed"), reason="not installed"),
-        ],
-    ),
+    DASK,
 ]
 
 
