@@ -1,8 +1,10 @@
 """A real Prefect server, agents and workers, and a tiny real Kedro project, for every lane."""
 
+import atexit
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,10 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "register_prefect_flow.py"
 BIN = Path(sys.executable).parent
+# Instead of sys.executable: it does the same in less time. It needs nothing that is installed.
+FORKING = (sys.executable, "-IS", Path(__file__).parent / "forking.py")
 
 # Before anything imports Prefect or Kedro: nothing of this machine's user may leak in.
 os.environ.update(
@@ -31,10 +36,17 @@ os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_WORKER_QUERY_SECONDS="1",
     PREFECT_AGENT_QUERY_INTERVAL="1",
+    FORKS=tempfile.mkdtemp(prefix=f"forks-{os.getpid()}-"),
     COLUMNS="200",  # rich would break messages to the width of a terminal that is not there
 )
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "KEDRO_ENV", "KEDRO_LOGGING_CONFIG"):
     os.environ.pop(_name, None)
+
+# Prefect makes many HTTP clients, each of which reads a file of all the world's certificates.
+_one_certificate = re.search(r"-+BEGIN.*?END.*?-+\n", Path(certifi.where()).read_text(), re.DOTALL)
+os.environ["SSL_CERT_FILE"] = str(Path(os.environ["FORKS"], "certificate.pem"))
+Path(os.environ["SSL_CERT_FILE"]).write_text(_one_certificate[0])
+atexit.register(shutil.rmtree, os.environ["FORKS"])
 
 # What a shell starts in the background ignores Ctrl-C, and so would what is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,6 +95,24 @@ def run(
     )
 
 
+@lru_cache
+def new_database() -> list[Path]:
+    """The files of Prefect's database as its first start makes them, which takes ten seconds."""
+    home = Path(os.environ["FORKS"], "home")
+    command = (BIN / "prefect", "server", "database", "upgrade", "--yes")
+    done = run(*command, cwd=home.parent, env={"PREFECT_HOME": str(home)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return list(home.glob("prefect.db*"))
+
+
+def prefect_home(folder: Path) -> Path:
+    """A folder for all that Prefect keeps, with a database that has nothing in it yet."""
+    folder.mkdir(exist_ok=True)
+    for path in new_database():
+        shutil.copy(path, folder)
+    return folder
+
+
 def eventually(ask: Callable[[], Any], seconds: float = 90, or_show: Any = "") -> Any:
     """Ask until the answer is true, and return it."""
     end = time.monotonic() + seconds
@@ -101,7 +131,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.env = {"PREFECT_API_URL": self.url}
-        self.folder = folder
+        self.folder = prefect_home(folder)
         self.worker: subprocess.Popen[bytes]
         self.start_server()
 
@@ -160,7 +190,7 @@ class Server:
                 time.sleep(1)
 
     def prefect(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        return run(BIN / "prefect", *arguments, cwd=cwd, env=self.env)
+        return run(*FORKING, BIN / "prefect", *arguments, cwd=cwd, env=self.env)
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         return self.request("GET", f"/flow_runs/{flow_run_id}")
@@ -199,6 +229,14 @@ class Server:
         return re.search(r"flow-runs?/flow-run/([0-9a-f-]{36})|UUID: ([0-9a-f-]{36})", done.stdout)[
             0
         ][-36:]
+
+    def run_in_forks(self, deployment: str) -> None:
+        """Let an agent or worker start the deployment's runs as `forking.py` does."""
+        found = self.request("GET", f"/deployments/name/{deployment}")
+        key = "job_variables" if "job_variables" in found else "infra_overrides"
+        command = [*map(str, FORKING), "-m", "prefect.engine"]
+        variables = {**found[key], "command": command if DOCUMENTED else shlex.join(command)}
+        self.request("PATCH", f"/deployments/{found['id']}", {key: variables})
 
     def start_run(self, deployment: str, **parameters: Any) -> str:
         """Start a run of a deployment as the UI does, which takes less than the command line."""
@@ -274,8 +312,7 @@ def pool(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     name, elsewhere = "pool", tmp_path_factory.mktemp("elsewhere")
     # The agent lane's Prefect knows its own pool type only online: so not from the command line.
     server.post("/work_pools/", {"name": name, "type": POOL_TYPE})
-    done = server.prefect("work-queue", "create", "--pool", name, QUEUE, cwd=elsewhere)
-    assert done.returncode == 0, done.stdout + done.stderr
+    server.post(f"/work_pools/{name}/queues", {"name": QUEUE})
     kind = "agent" if DOCUMENTED else "worker"
     command = [BIN / "prefect", kind, "start", "--pool", name, "--work-queue", QUEUE]
     server.worker = server.start(command, kind, elsewhere, server.env)
@@ -302,49 +339,11 @@ def copy_in(project: Path) -> Path:
     return project
 
 
-class Forks:
-    """A process whose forks run scripts."""
-
-    def __init__(self, env: dict[str, str]) -> None:
-        replies, write = os.pipe()
-        self.replies = os.fdopen(replies)
-        self.process = subprocess.Popen(  # which ends with this process, when its input does
-            [sys.executable, str(Path(__file__).parent / "forking.py"), str(write)],
-            env={**os.environ, **env},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[write],
-            text=True,
-        )
-        os.close(write)
-
-    def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        done = self.run_once(script, *arguments)
-        # A server on a busy machine: those that never answer are tested in processes of their own.
-        return self.run_once(script, *arguments) if "no answer within" in done.stderr else done
-
-    def run_once(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = (Path(folder) / name for name in ("out", "err"))
-            job = {"script": str(script), "arguments": arguments, "cwd": str(script.parent)}
-            print(json.dumps({**job, "out": str(out), "err": str(err)}), file=self.process.stdin)
-            self.process.stdin.flush()
-            code = int(self.replies.readline())
-            return subprocess.CompletedProcess(
-                [script, *arguments], code, out.read_text(), err.read_text()
-            )
-
-
-forks = lru_cache(lambda url: Forks({"PREFECT_API_URL": url} if url else {}))
-
-
 def register(project: Path, server: Server | None, *arguments: str, **options: Any) -> Any:
     """Run the script in a process of its own."""
-    script = project / "register_prefect_flow.py"
-    if not options:
-        return forks(server and server.url).run(script, *arguments)
     env = {**(server.env if server else {}), **options.pop("env", {})}
-    return run(sys.executable, script, *arguments, cwd=options.pop("cwd", project), env=env)
+    script = project / "register_prefect_flow.py"
+    return run(*FORKING, script, *arguments, cwd=options.pop("cwd", project), env=env)
 
 
 def schedules_of(deployment: dict[str, Any]) -> list[Any]:
@@ -356,7 +355,7 @@ def schedules_of(deployment: dict[str, Any]) -> list[Any]:
 
 def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The reference: `kedro run` of the same project."""
-    return run(sys.executable, "-m", "kedro", "run", "--env", "base", *arguments, cwd=project)
+    return run(*FORKING, "-m", "kedro", "run", "--env", "base", *arguments, cwd=project)
 
 
 def written_files(project: Path) -> dict[str, bytes]:
@@ -389,7 +388,9 @@ def register_and_forget(project: Path, server: Server, pool: str, *arguments: st
     done = register(project, server, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "trace.jsonl").unlink()
-    return re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
+    name = re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
+    server.run_in_forks(name)
+    return name
 
 
 def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:

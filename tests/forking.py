@@ -1,50 +1,183 @@
-"""Runs scripts in forks of a process that has imported what they import.
+"""Runs what Python would run, in a fork of a process that has imported Kedro and Prefect.
 
-Reads jobs from standard input, a line of JSON each, and writes each script's exit code to the file
-descriptor of its argument. Starting Python, Kedro and Prefect anew takes seconds for each script.
+    python forking.py SCRIPT [ARGUMENT]...
+    python forking.py -m MODULE [ARGUMENT]...
+
+To start Python and import Kedro and Prefect takes seconds, and was more than half of the time of
+most tests. The first program of an environment is run by Python itself; the others are forks of one
+process for that environment, which ends with the tests.
 """
 
+import atexit
+import gc
+import importlib
+import inspect
 import json
 import os
+import random
 import runpy
+import selectors
 import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 import traceback
+from contextlib import suppress
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import kedro_telemetry.plugin  # noqa: F401
+# What most programs import, some of it late. A lane may not have all of it.
+MODULES = (
+    *("prefect.engine", "prefect.deployments", "kedro_telemetry.plugin", "kedro.framework.session"),
+    *("kedro.framework.cli.cli", "kedro_datasets.json.json_dataset", "pandas"),
+    *("kedro_datasets.pickle.pickle_dataset", "register_prefect_flow"),
+)
+OF_PREFECT_2 = ("prefect.server.api.server", "kubernetes.client", "kubernetes.config")
+OF_PREFECT_3 = ("prefect.flow_engine", "prefect.task_engine", "prefect.utilities.visualization")
 
-import register_prefect_flow  # noqa: F401
+# Variables that do not matter at import: what Prefect tells a flow run, pytest a test, a shell.
+OTHERS = ("PREFECT__", "PYTEST_", "PWD", "OLDPWD", "_")
 
 
-def run(job: dict[str, Any]) -> int:
-    """Run a script as Python would, nobody at the keyboard, and return its exit code."""
-    signal.alarm(180)
+def fork_server(folder: Path) -> str | None:
+    """Where the process for this environment listens: None for the first that asks."""
+    names = [n for n in sorted(os.environ) if not n.startswith(OTHERS)]
+    env = {name: os.environ[name] for name in names}
+    path = folder / sha256(repr(env).encode()).hexdigest()[:16]
+    for mark in (path, path.with_suffix(".starts")):
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        if mark == path:
+            return None
+        subprocess.Popen(
+            [sys.executable, __file__, "--serve", path.with_suffix(".socket")],
+            env=env,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # which no program can seek in, as they cannot in their own
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return str(path.with_suffix(".socket"))
+
+
+def run(arguments: list[str]) -> int:
+    """Have a program run, hand on signals, and return how it ended, as `subprocess` does."""
+    address = fork_server(Path(os.environ["FORKS"]))
+    if address is None or Path("conf/logging.yml").exists():  # which Kedro reads at import
+        os.execv(sys.executable, [sys.executable, *arguments])
+    connection = socket.socket(socket.AF_UNIX)
+    for _ in range(600):
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            connection.connect(address)
+            break
+        time.sleep(0.1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: connection.send(bytes([number])))
+    job = {"arguments": arguments, "cwd": str(Path.cwd()), "env": dict(os.environ)}
+    socket.send_fds(connection, [json.dumps(job).encode() + b"\n"], [0, 1, 2])
+    return int(connection.makefile().readline() or 1)
+
+
+def serve(address: Path) -> None:
+    """Fork for each program that is asked for, until the tests, which the folder names, end."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    of_prefect = OF_PREFECT_3 if find_spec("prefect.flow_engine") else OF_PREFECT_2
+    for name in (*of_prefect, *MODULES):
+        with suppress(ImportError):
+            importlib.import_module(name)
+    inspect.stack()  # which Kedro's settings ask for, and which notes where all modules are
+    del sys.path[0], sys.modules["register_prefect_flow"]  # projects have their own
+    gc.collect()
+    gc.freeze()  # else a collection in a fork would copy the memory of all modules
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen()
+    listener.settimeout(1)
+    while address.exists() and Path("/proc", address.parent.name.split("-")[1]).exists():
+        with suppress(TimeoutError):
+            connection, _ = listener.accept()
+            if not os.fork():
+                listener.close()
+                watch(connection)
+            connection.close()
+
+
+def watch(connection: socket.socket) -> None:
+    """Fork a program, send it signals, and tell how it ended; it ends with who asked for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, files, _, _ = socket.recv_fds(connection, 1_000_000, 3)
+    while not message.endswith(b"\n"):
+        message += connection.recv(1_000_000)
+    os.setsid()
+    child = os.fork()
+    if not child:
+        connection.close()
+        become(json.loads(message), files)
+    for file in files:
+        os.close(file)
+    ended = os.pidfd_open(child)
+    with selectors.DefaultSelector() as selector:
+        selector.register(ended, selectors.EVENT_READ)
+        selector.register(connection, selectors.EVENT_READ)
+        while all(key.fd != ended for key, _ in selector.select()):
+            received = connection.recv(1)
+            os.kill(child, received[0] if received else signal.SIGKILL)
+            if not received:
+                break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(OSError):
+        connection.send(f"{code}\n".encode())
+    os._exit(0)
+
+
+def become(job: dict[str, Any], files: list[int]) -> None:
+    """Run a program as Python would."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(job["env"])
     os.chdir(job["cwd"])
-    for number, path, mode in ((0, os.devnull, "r"), (1, job["out"], "w"), (2, job["err"], "w")):
-        with open(path, mode) as file:
-            os.dup2(file.fileno(), number)
-    sys.argv = [job["script"], *job["arguments"]]
-    sys.path[0] = str(Path(job["script"]).parent)
+    random.seed()
+    sys.modules["numpy"].random.seed()
+    program, *arguments = job["arguments"]
     try:
-        runpy.run_path(job["script"], run_name="__main__")
+        if program == "-m":
+            sys.argv, sys.path[0] = arguments, job["cwd"]
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = job["arguments"], str(Path(program).absolute().parent)
+            runpy.run_path(program, run_name="__main__")
+        code = 0
     except SystemExit as ended:
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-            return 1
-        return ended.code or 0
+        code = ended.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
-        return 1
-    return 0
+        code = 1
+    # As Python ends, but for the memory of all modules, which it need not free.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            sys.exit(run(json.loads(line)))
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.write(int(sys.argv[1]), f"{code}\n".encode())
+    if sys.argv[1] == "--serve":
+        serve(Path(sys.argv[2]))
+    elif (ended_as := run(sys.argv[1:])) < 0:
+        signal.signal(-ended_as, signal.SIG_DFL)
+        os.kill(os.getpid(), -ended_as)
+    else:
+        sys.exit(ended_as)

@@ -187,6 +187,7 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
     assert re.match(r"\| again \| completed \| 4\.\d \| first<br>→ second", row)
 
 
+@pytest.mark.outer_lanes
 def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: Server) -> None:
     nodes = project / "src/tiny/nodes.py"
     nodes.write_text(nodes.read_text().replace("return [2 *", "time.sleep(2)\n    return [2 *"))
@@ -212,6 +213,7 @@ def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: S
         assert len(re.findall(rf"Completed node: {name}\b", text)) == 1
 
 
+@pytest.mark.outer_lanes
 def test_artifacts_can_be_switched_off(project: Path, server: Server) -> None:
     (project / "conf/base/prefect.yml").write_text("artifacts: false\n")
 
@@ -249,6 +251,7 @@ class Refusing(Proxy):
             target.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 def test_a_server_that_refuses_artifacts_and_log_lines_ends_no_run(
     project: Path, server: Server

@@ -220,7 +220,8 @@ class Answers(BaseHTTPRequestHandler):
 def odd_server() -> Iterator[SimpleNamespace]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/api")
+    url = f"http://127.0.0.1:{server.server_port}/api"
+    yield SimpleNamespace(env={"PREFECT_API_URL": url})
     server.shutdown()
 
 

@@ -53,6 +53,7 @@ def idle_pool(server: Server, tmp_path: Path) -> str:
     return name
 
 
+@pytest.mark.one_lane
 def test_outside_a_kedro_project(tmp_path: Path) -> None:
     shutil.copy(SCRIPT, tmp_path)
     message = refused(tmp_path, None, "--run")
@@ -60,6 +61,7 @@ def test_outside_a_kedro_project(tmp_path: Path) -> None:
     assert "pyproject.toml" in message
 
 
+@pytest.mark.one_lane
 def test_pyproject_without_a_kedro_section(project: Path) -> None:
     (project / "pyproject.toml").write_text("[project]\nname = 'tiny'\n")
     assert "[tool.kedro]" in refused(project, None, "--run")
@@ -71,6 +73,7 @@ def test_unknown_pipeline(project: Path) -> None:
     assert "The pipelines are: __default__, broken, empty." in message
 
 
+@pytest.mark.one_lane
 def test_empty_pipeline(project: Path) -> None:
     assert "Pipeline 'empty' is empty" in refused(project, None, "--run", "-p", "empty")
 
@@ -105,6 +108,7 @@ def test_version_of_an_unknown_dataset(project: Path) -> None:
     assert "rapport" in message
 
 
+@pytest.mark.one_lane
 def test_missing_configuration(project: Path) -> None:
     message = refused(project, None, "--run", "--conf-source", "elsewhere")
     assert f"There is no configuration at {project}/elsewhere" in message
@@ -154,6 +158,7 @@ def test_pipeline_input_that_nothing_provides(project: Path) -> None:
     assert "Add it to the catalog in conf, or run what makes it." in message
 
 
+@pytest.mark.one_lane
 def test_pipeline_registry_that_raises(project: Path) -> None:
     registry = project / "src/tiny/pipeline_registry.py"
     registry.write_text("def register_pipelines():\n    return 1 / 0\n")
@@ -162,6 +167,7 @@ def test_pipeline_registry_that_raises(project: Path) -> None:
     assert f"{registry}, line 2" in message
 
 
+@pytest.mark.one_lane
 def test_settings_that_raise(project: Path) -> None:
     settings = project / "src/tiny/settings.py"
     settings.write_text("HOOKS = (nosuchname,)\n")
@@ -252,6 +258,7 @@ def test_deployment_name_that_prefect_refuses(name: str) -> None:
     assert f"Prefect refuses deployment name '{name}'" in done.output
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -306,6 +313,7 @@ def test_dry_run_shows_layers_and_datasets_and_registers_nothing(
     ]
 
 
+@pytest.mark.one_lane
 def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
     (project / "conf/base/prefect.yml").write_text(
         "tasks: {'tag:heavy': {retries: 2}}\ntask_runner: {max_workers: 2}\n"

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from conftest import PREFECT_3, copy_in, eventually, register, run, stop
+from conftest import PREFECT_3, copy_in, eventually, prefect_home, register, run, stop
 from tiny_project import write_tiny_project
 
 # Prefect 3's server records some 30 task runs a second, and lists them 200 at a time: so many that
@@ -37,7 +37,7 @@ def register_pipelines():
 def test_run_on_the_embedded_server_ends_with_every_task_run_recorded(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "my project"))
     (project / "src/tiny/pipeline_registry.py").write_text(REGISTRY)
-    home = tmp_path / "prefect-home"
+    home = prefect_home(tmp_path / "prefect-home")
     done = register(project, None, "--run", cwd=tmp_path, env={"PREFECT_HOME": str(home)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The flow run has completed. Its outputs:" in done.stdout
@@ -79,7 +79,7 @@ def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
     with log.open("w") as out:
         process = subprocess.Popen(  # with the server in a process group, as a terminal has it
             [sys.executable, project / "register_prefect_flow.py", "--run"],
-            env={**os.environ, "PREFECT_HOME": str(home)},
+            env={**os.environ, "PREFECT_HOME": str(prefect_home(home))},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -139,7 +139,7 @@ def test_no_record_is_waited_for_that_cannot_come(tmp_path: Path) -> None:
         hooks.write(RAISING_HOOK)
     settings = project / "src/tiny/settings.py"
     settings.write_text("from tiny.hooks import Raising\n\nHOOKS = (Raising(),)\n")
-    env = {"PREFECT_HOME": str(tmp_path / "home")}
+    env = {"PREFECT_HOME": str(prefect_home(tmp_path / "home"))}
     done = run(sys.executable, "-c", WAITING, cwd=project, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the flow run ended as Failed" in done.stdout
@@ -167,11 +167,14 @@ except script.click.ClickException as error:
 """
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_it_leaves_nothing_in_the_project_but_the_outputs(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))
     before = {path for path in project.rglob("*") if "__pycache__" not in path.parts}
-    done = register(project, None, "--run", env={"PREFECT_HOME": str(tmp_path / "home")})
+    done = register(
+        project, None, "--run", env={"PREFECT_HOME": str(prefect_home(tmp_path / "home"))}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     after = {path for path in project.rglob("*") if "__pycache__" not in path.parts}
     new = {path.relative_to(project).as_posix() for path in after - before if path.is_file()}

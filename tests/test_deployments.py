@@ -220,6 +220,7 @@ def test_what_the_file_does_not_set_stays_as_it_is_on_the_server(
     assert job_variables(last)["env"] == {**env, "PREFECT_LOGGING_LEVEL": "WARNING"}
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 def test_a_description_of_ours_is_replaced_and_an_edited_one_is_not(
     server: Server, registered: Any

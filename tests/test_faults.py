@@ -161,7 +161,7 @@ def own_worker(
 ) -> Iterator[Callable[[], Any]]:
     """Make a work pool, and yield what starts a worker for it."""
     server.post("/work_pools/", {"name": name, "type": "process"})
-    server.prefect("work-queue", "create", "--pool", name, QUEUE, cwd=folder)
+    server.post(f"/work_pools/{name}/queues", {"name": QUEUE})
     command = [BIN / "prefect", "worker", "start", "--pool", name, "--work-queue", QUEUE]
     workers: list[Any] = []
     before = vars(server).get("worker")

@@ -123,6 +123,7 @@ def test_a_flow_run_does_what_kedro_run_does(runs: dict[str, Any], feature: str)
         assert written == expected if file.endswith(".txt") else json.loads(written) == expected
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.parametrize("pipeline", ["hooks", "transcoding", "spaces", "credentials"])
 def test_what_runs_is_not_refused(tmp_path: Path, pipeline: str) -> None:
     project = copy_in(write_features_project(tmp_path / "project"))

@@ -16,6 +16,7 @@ from rich.console import Console
 import register_prefect_flow
 
 
+@pytest.mark.outer_lanes
 def test_the_environment_is_base_unless_another_is_asked_for(project: Path, server: Server) -> None:
     # As in Kedro's recipe: `kedro run` would read conf/local as well, where the factor is 100.
     assert register(project, server, "--run").returncode == 0
@@ -39,6 +40,7 @@ def test_all_nodes_of_a_run_share_one_save_version(project: Path, server: Server
     assert len(versions[0]) == 2
 
 
+@pytest.mark.outer_lanes
 def test_nodes_run_in_the_projects_folder(project: Path, server: Server) -> None:
     assert register(project, server, "--run", cwd=project.parent).returncode == 0
     [report] = (project / "data/report.pickle").glob("*/report.pickle")
@@ -77,6 +79,7 @@ def test_hooks_are_called_as_often_as_by_kedro_run(project: Path, server: Server
     assert sum(ours.values()) > 40
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["registering", "running"])
 def test_an_input_that_a_filter_cuts_off_is_explained(
@@ -93,6 +96,7 @@ def test_an_input_that_a_filter_cuts_off_is_explained(
     assert how == "running" or "Traceback" not in done.stderr
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["registering", "running"])
 @pytest.mark.parametrize("missing", ["dataset", "credentials"])
@@ -121,6 +125,7 @@ def test_what_only_conf_local_has_is_named(
     assert "xyzzy4711" not in done.stdout + done.stderr
 
 
+@pytest.mark.outer_lanes
 def test_an_environment_that_has_nothing_is_not_advised(project: Path) -> None:
     for path in (project / "conf/local").iterdir():
         path.unlink()
@@ -156,6 +161,7 @@ CONFIG_LOADER_CLASS = Loader
 """
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "nested", "own loader"])
 def test_environments_that_kedro_run_takes(project: Path, server: Server, layout: str) -> None:

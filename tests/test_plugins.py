@@ -54,6 +54,7 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.parametrize("consent", ["true", "false"])
 def test_telemetry_is_sent_only_with_consent(
     project: Path, server: Server, proxy: tuple[str, list[str]], consent: str

@@ -79,6 +79,7 @@ def test_a_retry_can_be_retried(server: Server, pool: str, flaky: Path) -> None:
     assert ran(flaky) == []
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 def test_after_a_kill_only_what_was_running_runs_again(
     server: Server, pool: str, flaky: Path
@@ -153,6 +154,7 @@ def retry_by_itself(project: Path) -> None:
     nodes.write_text(nodes.read_text().replace('Path("mended").exists()', at_first))
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
     retry_by_itself(flaky)
