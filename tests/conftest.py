@@ -113,8 +113,8 @@ def prefect_home(folder: Path) -> Path:
     return folder
 
 
-def eventually(ask: Callable[[], Any], seconds: float = 90, or_show: Any = "") -> Any:
-    """Ask until the answer is true, and return it."""
+def eventually(ask: Callable[[], Any], seconds: float = 180, or_show: Any = "") -> Any:
+    """Ask until the answer is true, and return it; where several suites run, that takes long."""
     end = time.monotonic() + seconds
     while not (answer := ask()):
         assert time.monotonic() < end, f"not so within {seconds} s: {or_show}"
