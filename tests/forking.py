@@ -168,8 +168,9 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     # As Python ends, but for the memory of all modules, which it need not free.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError):  # a program may have closed it
+            stream.flush()
     os._exit(code)
 
 

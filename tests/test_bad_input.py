@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Server, copy_in, register, run
+from conftest import FORKING, Server, copy_in, register, run
 from features_project import KEDRO
 from tiny_project import write_tiny_project
 
@@ -180,7 +180,7 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     project = copy_in(write_tiny_project(tmp_path_factory.mktemp("bad") / "project"))
     pairs = [(case.files.get(YML, ""), case.arguments) for case in ALIKE]
     (project / "pairs.json").write_text(json.dumps(pairs))
-    done = run(sys.executable, TRY_INPUTS, project / "pairs.json", cwd=project, env=NO_SERVER)
+    done = run(*FORKING, TRY_INPUTS, project / "pairs.json", cwd=project, env=NO_SERVER)
     assert done.returncode == 0, done.stderr
     found = json.loads((project / "inputs.json").read_text())
     return [subprocess.CompletedProcess("", code, "", printed) for code, printed in found]

@@ -3,12 +3,11 @@
 import json
 import pickle
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEDRO_1, Server, copy_in, register, run
+from conftest import FORKING, KEDRO_1, Server, copy_in, register, run
 from features_project import KEDRO, write_custom_project, write_features_project
 
 TESTS = Path(__file__).parent
@@ -85,7 +84,7 @@ def compare(project: Path, server: Server, options: list[list[str]]) -> list[dic
     """Run the project by `kedro run` and by the script, with each list of options."""
     arguments = [["--env", "base", *each] if "--env" not in each else each for each in options]
     script = TESTS / "compare_runs.py"
-    command = (sys.executable, script, json.dumps(arguments))
+    command = (*FORKING, script, json.dumps(arguments))
     done = run(*command, cwd=project, env=server.env, timeout=1200)  # there may be many
     assert (project / "runs.json").exists(), done.stdout + done.stderr
     text = (project / "runs.json").read_text()

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEDRO_1, PREFECT_3, Server, copy_in, run, write_config
+from conftest import FORKING, KEDRO_1, PREFECT_3, Server, copy_in, run, write_config
 from test_engines import calls
 from test_features import compare
 
@@ -119,7 +118,7 @@ def test_any_input_is_taken_or_refused_in_one_message(project: Path) -> None:
         if "\0" not in "".join(arguments)  # no argument has it
     ]
     (project / "pairs.json").write_text(json.dumps(pairs))
-    done = run(sys.executable, TESTS / "try_inputs.py", project / "pairs.json", cwd=project)
+    done = run(*FORKING, TESTS / "try_inputs.py", project / "pairs.json", cwd=project)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     found = json.loads((project / "inputs.json").read_text())
     for pair, (code, printed) in zip(pairs, found, strict=True):
