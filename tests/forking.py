@@ -70,7 +70,9 @@ def fork_server(folder: Path) -> str | None:
 def run(arguments: list[str]) -> int:
     """Have a program run, hand on signals, and return how it ended, as `subprocess` does."""
     address = fork_server(Path(os.environ["FORKS"]))
-    if address is None or Path("conf/logging.yml").exists():  # which Kedro reads at import
+    # Kedro reads this file when it is imported, in the current folder, which the script changes.
+    folders = (Path.cwd(), Path(arguments[0]).parent)
+    if address is None or any((folder / "conf/logging.yml").exists() for folder in folders):
         os.execv(sys.executable, [sys.executable, *arguments])
     connection = socket.socket(socket.AF_UNIX)
     for _ in range(600):
