@@ -187,6 +187,7 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
     assert re.match(r"\| again \| completed \| 4\.\d \| first<br>→ second", row)
 
 
+@pytest.mark.slow
 @pytest.mark.outer_lanes
 def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: Server) -> None:
     nodes = project / "src/tiny/nodes.py"

@@ -34,6 +34,7 @@ def register_pipelines():
 """
 
 
+@pytest.mark.slow
 def test_run_on_the_embedded_server_ends_with_every_task_run_recorded(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "my project"))
     (project / "src/tiny/pipeline_registry.py").write_text(REGISTRY)

@@ -214,6 +214,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_lane
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nodes_fail_with_their_own_exception(project: Path, server: Server, engine: str) -> None:
