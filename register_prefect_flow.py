@@ -1647,8 +1647,8 @@ class PrefectRunner(SequentialRunner):
     def _prepare(self, catalog: Any, pipeline: Pipeline, session_id: str | None) -> None:
         """Let what nodes hand on be in checkpoints; identify what they do, as long as unchanged."""
         if self._checkpoint:
-            cache = self._make_engine is None
-            _add_checkpoints(catalog, pipeline, self._checkpoint, pipeline.outputs(), cache)
+            # To Kedro, a cache is in memory: `kedro run`, as it advises, would not find the file.
+            _add_checkpoints(catalog, pipeline, self._checkpoint, pipeline.outputs(), cache=True)
         if not self._keys:
             run = f"{self._fingerprint}/{session_id}"
             self._keys = {node.name: _task_key(node, catalog, run) for node in pipeline.nodes}

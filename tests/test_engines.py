@@ -266,6 +266,12 @@ def test_a_node_that_takes_too_long_is_stopped(project: Path, server: Server, en
     assert not (project / "slept.txt").exists()
 
 
+def advised(server: Server, flow_run_id: str) -> list[str]:
+    """What `kedro run` is to go on with, as the flow run's log says."""
+    text = "\n".join(log["message"] for log in server.logs(flow_run_id))
+    return re.findall(r'--from-nodes "(.*?)"', text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["threads", "processes"])
 def test_with_checkpoints_nothing_that_finished_runs_again(
@@ -277,6 +283,7 @@ def test_with_checkpoints_nothing_that_finished_runs_again(
     kept = sorted(path.name.rpartition("-")[0] for path in (place / flow_run_id).iterdir())
     assert kept == ["aside", "kept"]
     assert oct((place / flow_run_id).stat().st_mode)[-3:] == "700"
+    eventually(lambda: advised(server, flow_run_id) == ["keep"])  # `kedro run` has no checkpoints
     mend(flaky)
     assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == ["flaky", "last"]
