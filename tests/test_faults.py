@@ -65,7 +65,7 @@ def hang(
     """Start a flow run, and wait until one node hangs, and all before it are recorded."""
     (project / "hang").touch()
     write_config(project, f"task_runner: {{type: {engine}}}\n{more}")
-    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky")
+    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", forks=False)
     flow_run_id = server.start_run(deployment)
     before = set(ALL) - {"flaky"}
 
@@ -599,7 +599,7 @@ def test_many_runs_complete_and_leave_nothing_with_the_worker(
     env = {"TMPDIR": str(temporary), "PREFECT_HOME": str(home)}
     with own_worker(server, tmp_path, "loaded", env) as start:
         worker = start()
-        deployment = register_and_forget(project, server, "loaded")
+        deployment = register_and_forget(project, server, "loaded", forks=False)
 
         def run_many(count: int, at_once: int) -> None:
             for _ in range(count // at_once):

@@ -85,7 +85,7 @@ def test_after_a_kill_only_what_was_running_runs_again(
     server: Server, pool: str, flaky: Path
 ) -> None:
     (flaky / "hang").touch()
-    deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
+    deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky", forks=False)
     flow_run_id = server.start_run(deployment)
     eventually(lambda: (flaky / "pid.txt").exists() and (flaky / "data/side.json").exists())
     done = ["save", "keep", "aside", "finish_aside"]

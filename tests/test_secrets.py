@@ -62,7 +62,7 @@ def test_secrets_are_kept_nowhere(server: Server, flaky: Path, tmp_path: Path, e
         (flaky / "hang").touch()
         write_config(flaky, CONFIG % engine)
         arguments = ("-p", "flaky", "--env", "local", "--deployment_name", pool)
-        deployment = register_and_forget(flaky, server, pool, *arguments)
+        deployment = register_and_forget(flaky, server, pool, *arguments, forks=False)
         found = server.request("GET", f"/deployments/name/{deployment}")
         env = found["job_variables"]["env"] | {"OF_BLOCK": "{{ prefect.blocks.secret.door }}"}
         variables = {"job_variables": found["job_variables"] | {"env": env}}
