@@ -236,6 +236,12 @@ class Server:
             0
         ][-36:]
 
+    def create_pool(self, name: str) -> None:
+        """Create a work pool, of the lane's type, and its queue."""
+        # The agent lane's Prefect knows its own pool type only online: so not from the command line.
+        self.post("/work_pools/", {"name": name, "type": POOL_TYPE})
+        self.post(f"/work_pools/{name}/queues", {"name": QUEUE})
+
     def run_in_forks(self, deployment: str) -> None:
         """Let an agent or worker start the deployment's runs as `forking.py` does."""
         found = self.request("GET", f"/deployments/name/{deployment}")
@@ -316,9 +322,7 @@ def in_process(server: Server) -> Iterator[Server]:
 def pool(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A work pool, and an agent or worker that was started far from any project."""
     name, elsewhere = "pool", tmp_path_factory.mktemp("elsewhere")
-    # The agent lane's Prefect knows its own pool type only online: so not from the command line.
-    server.post("/work_pools/", {"name": name, "type": POOL_TYPE})
-    server.post(f"/work_pools/{name}/queues", {"name": QUEUE})
+    server.create_pool(name)
     kind = "agent" if DOCUMENTED else "worker"
     command = [BIN / "prefect", kind, "start", "--pool", name, "--work-queue", QUEUE]
     server.worker = server.start(command, kind, elsewhere, server.env)

@@ -43,18 +43,23 @@ OF_PREFECT_3 = ("prefect.flow_engine", "prefect.task_engine", "prefect.utilities
 OTHERS = ("PREFECT__", "PYTEST_", "PWD", "OLDPWD", "_")
 
 
+def is_first(mark: Path) -> bool:
+    """Tell whether nobody has asked this before, of all processes."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def fork_server(folder: Path) -> str | None:
     """Where the process for this environment listens: None for the first that asks."""
     names = [n for n in sorted(os.environ) if not n.startswith(OTHERS)]
     env = {name: os.environ[name] for name in names}
     path = folder / sha256(repr(env).encode()).hexdigest()[:16]
-    for mark in (path, path.with_suffix(".starts")):
-        try:
-            mark.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        if mark == path:
-            return None
+    if is_first(path):
+        return None
+    if is_first(path.with_suffix(".starts")):
         subprocess.Popen(
             [sys.executable, __file__, "--serve", path.with_suffix(".socket")],
             env=env,
@@ -69,10 +74,11 @@ def fork_server(folder: Path) -> str | None:
 
 def run(arguments: list[str]) -> int:
     """Have a program run, hand on signals, and return how it ended, as `subprocess` does."""
-    address = fork_server(Path(os.environ["FORKS"]))
     # Kedro reads this file when it is imported, in the current folder, which the script changes.
     folders = (Path.cwd(), Path(arguments[0]).parent)
-    if address is None or any((folder / "conf/logging.yml").exists() for folder in folders):
+    has_logging = any((folder / "conf/logging.yml").exists() for folder in folders)
+    address = None if has_logging else fork_server(Path(os.environ["FORKS"]))
+    if address is None:
         os.execv(sys.executable, [sys.executable, *arguments])
     connection = socket.socket(socket.AF_UNIX)
     for _ in range(600):

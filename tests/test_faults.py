@@ -160,8 +160,7 @@ def own_worker(
     server: Server, folder: Path, name: str, env: dict[str, str] | None = None
 ) -> Iterator[Callable[[], Any]]:
     """Make a work pool, and yield what starts a worker for it."""
-    server.post("/work_pools/", {"name": name, "type": "process"})
-    server.post(f"/work_pools/{name}/queues", {"name": QUEUE})
+    server.create_pool(name)
     command = [BIN / "prefect", "worker", "start", "--pool", name, "--work-queue", QUEUE]
     workers: list[Any] = []
     before = vars(server).get("worker")

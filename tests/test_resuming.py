@@ -154,7 +154,6 @@ def retry_by_itself(project: Path) -> None:
     nodes.write_text(nodes.read_text().replace('Path("mended").exists()', at_first))
 
 
-@pytest.mark.outer_lanes
 @pytest.mark.slow
 def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
     retry_by_itself(flaky)

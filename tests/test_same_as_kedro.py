@@ -14,7 +14,6 @@ import pytest
 from conftest import (
     DASK,
     DOCUMENTED,
-    FORKING,
     KEDRO_1,
     KEDRO_OLD,
     PREFECT_3,
@@ -82,7 +81,7 @@ def test_what_nodes_have_started_ends_with_the_run(
 ) -> None:
     env = () if mode == "default" else ("--env", mode)
     script = habits / "register_prefect_flow.py"
-    command = [*FORKING, script, "--run", "--pipeline", "leaving", *env]
+    command = [sys.executable, script, "--run", "--pipeline", "leaving", *env]
     if end == "completed":  # the output of the run has to close, or this would time out
         done = run(*command, cwd=habits, env=server.env)
         assert done.returncode == 0, done.stdout + done.stderr
