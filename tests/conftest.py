@@ -34,8 +34,9 @@ os.environ.update(
     PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-home-"),
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    PREFECT_WORKER_QUERY_SECONDS="1",
-    PREFECT_AGENT_QUERY_INTERVAL="1",
+    PREFECT_API_BLOCKS_REGISTER_ON_START="false",  # a third of what a server does when it starts
+    PREFECT_WORKER_QUERY_SECONDS="2",
+    PREFECT_AGENT_QUERY_INTERVAL="2",
     FORKS=tempfile.mkdtemp(prefix=f"forks-{os.getpid()}-"),
     COLUMNS="200",  # rich would break messages to the width of a terminal that is not there
 )

@@ -35,6 +35,7 @@ MODULES = (
     *("prefect.engine", "prefect.deployments", "kedro_telemetry.plugin", "kedro.framework.session"),
     *("kedro.framework.cli.cli", "kedro_datasets.json.json_dataset", "pandas"),
     *("kedro_datasets.pickle.pickle_dataset", "register_prefect_flow"),
+    "kedro_mlflow.framework.hooks.mlflow_hook",
 )
 OF_PREFECT_2 = ("prefect.server.api.server", "kubernetes.client", "kubernetes.config")
 OF_PREFECT_3 = ("prefect.flow_engine", "prefect.task_engine", "prefect.utilities.visualization")

@@ -157,6 +157,7 @@ def shown(project: Path) -> Path:
     return project
 
 
+@pytest.mark.outer_lanes
 def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: Server) -> None:
     done = register(shown, server, "--run")
     assert done.returncode == 1
@@ -188,7 +189,7 @@ def test_a_run_is_accounted_for_and_its_results_are_shown(shown: Path, server: S
 
 
 @pytest.mark.slow
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: Server) -> None:
     nodes = project / "src/tiny/nodes.py"
     nodes.write_text(nodes.read_text().replace("return [2 *", "time.sleep(2)\n    return [2 *"))
@@ -214,7 +215,7 @@ def test_a_terminal_shows_what_runs_below_the_log_lines(project: Path, server: S
         assert len(re.findall(rf"Completed node: {name}\b", text)) == 1
 
 
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 def test_artifacts_can_be_switched_off(project: Path, server: Server) -> None:
     (project / "conf/base/prefect.yml").write_text("artifacts: false\n")
 
@@ -226,6 +227,7 @@ def test_artifacts_can_be_switched_off(project: Path, server: Server) -> None:
     assert keys() == before
 
 
+@pytest.mark.outer_lanes
 def test_the_description_has_the_drawing(project: Path, server: Server, pool: str) -> None:
     done = register(project, server, "--work_pool_name", pool)
     name = re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
@@ -252,7 +254,7 @@ class Refusing(Proxy):
             target.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_a_server_that_refuses_artifacts_and_log_lines_ends_no_run(
     project: Path, server: Server

@@ -95,6 +95,7 @@ def test_a_user_sees_pipeline_run_and_results(
     browse(server, tmp_path / "end", *steps)
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize("ui", UIS)
 def test_retry_in_the_browser_resumes(
     server: Server, pool: str, flaky: Path, tmp_path: Path, ui: str

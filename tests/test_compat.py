@@ -17,6 +17,7 @@ from kedro.pipeline import node
 import register_prefect_flow
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("package", "version", "floor"),
     [
@@ -113,6 +114,7 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
     assert session.name == passed_on
 
 
+@pytest.mark.one_lane
 def test_nodes_run_one_at_a_time_unless_prefects_setting_says_more() -> None:
     name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
     code = "import register_prefect_flow as r; print(r._THREADS and r._THREADS.value())"

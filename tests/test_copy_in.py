@@ -101,7 +101,7 @@ def interrupt(project: Path, home: Path, times: int) -> tuple[int, str, bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_workers", [None, 2])
+@pytest.mark.parametrize("max_workers", [None, pytest.param(2, marks=pytest.mark.one_lane)])
 def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(
     tmp_path: Path, max_workers: int | None
 ) -> None:
@@ -123,6 +123,7 @@ def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing_running(
     assert state in ("CRASHED", "CANCELLED")
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))

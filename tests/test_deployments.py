@@ -131,6 +131,7 @@ def test_registering_leaves_what_prefect_yaml_has_set(
     assert after["tags"] == before["tags"]
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 @needs_prefect_3
 def test_an_image_in_the_job_variables_is_registered(
@@ -145,6 +146,7 @@ def test_an_image_in_the_job_variables_is_registered(
     assert job_variables(nightly)["image"] == "a:1"
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 @needs_prefect_3
 def test_prefect_serves_the_flow(project: Path, server: Server) -> None:

@@ -100,6 +100,7 @@ def add(doubled, scaled):
 """
 
 
+@pytest.mark.outer_lanes
 def test_log_lines_are_shown_with_the_node_that_wrote_them(
     server: Server, pool: str, project: Path
 ) -> None:
@@ -203,7 +204,7 @@ loggers:
 """
 
 
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_what_a_project_sends_itself_is_sent_once_at_its_level(
     server: Server, project: Path
@@ -245,6 +246,7 @@ def test_runs_of_two_deployments_at_once_both_succeed(
     assert len(list((project / "data/report.pickle").iterdir())) == 2
 
 
+@pytest.mark.outer_lanes
 def test_a_failing_pipeline_fails_as_kedro_run_fails(
     server: Server, pool: str, project: Path, reference: Path
 ) -> None:

@@ -385,6 +385,7 @@ def test_a_machine_without_the_project_is_named() -> None:
         list(children.run({"node": "a"}, {}))
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -402,6 +403,7 @@ def test_mistakes_are_named_when_registering(project: Path, config: str, message
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -418,6 +420,7 @@ def test_mistakes_are_named_in_a_run(
     assert message in done.stderr
 
 
+@pytest.mark.one_lane
 @pytest.mark.skipif(bool(find_spec("distributed")), reason="here it is there")
 def test_what_has_to_be_installed_is_named(project: Path, server: Server) -> None:
     write_config(project, "task_runner: {type: dask}")

@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 
 # How many examples; "60 10" takes a quarter of an hour.
 PIPELINES = dict(
-    zip(("threads", "processes"), map(int, os.environ.get("RANDOM", "10 2").split()), strict=True)
+    zip(("threads", "processes"), map(int, os.environ.get("RANDOM", "6 1").split()), strict=True)
 )
 
 

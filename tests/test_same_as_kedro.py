@@ -146,6 +146,7 @@ print(_digest({"a": {"x", "y", "z", "w"}, 1: frozenset("abc"), None: [object(), 
 """
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_keys_are_the_same_in_each_process(habits: Path) -> None:
     said = {
@@ -240,6 +241,7 @@ def test_a_timeout_ends_a_node_that_sleeps(habits: Path, server: Server) -> None
     assert (habits / "ran.txt").read_text().split() == ["rest60"]
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_ctrl_c_interrupts_the_running_node(habits: Path, server: Server) -> None:
     command = [sys.executable, habits / "register_prefect_flow.py", "--run", "-p", "rests"]
