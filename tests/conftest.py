@@ -35,7 +35,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_API_BLOCKS_REGISTER_ON_START="false",  # a third of what a server does when it starts
-    PREFECT_WORKER_QUERY_SECONDS="2",
+    PREFECT_WORKER_QUERY_SECONDS="2",  # each second, it was most of what an idle server did
     PREFECT_AGENT_QUERY_INTERVAL="2",
     FORKS=tempfile.mkdtemp(prefix=f"forks-{os.getpid()}-"),
     COLUMNS="200",  # rich would break messages to the width of a terminal that is not there

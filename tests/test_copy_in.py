@@ -134,6 +134,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert not (project / "ended.txt").exists()
 
 
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_no_record_is_waited_for_that_cannot_come(tmp_path: Path) -> None:
     project = copy_in(write_tiny_project(tmp_path / "project"))

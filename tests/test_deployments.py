@@ -116,6 +116,7 @@ def test_prefect_deploys_the_example_of_readme_and_a_worker_runs_it(
         assert server.finished(flow_run["id"])["state_type"] == "COMPLETED"
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 def test_registering_leaves_what_prefect_yaml_has_set(
     project: Path, server: Server, pool: str, example: str
@@ -222,7 +223,7 @@ def test_what_the_file_does_not_set_stays_as_it_is_on_the_server(
     assert job_variables(last)["env"] == {**env, "PREFECT_LOGGING_LEVEL": "WARNING"}
 
 
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_a_description_of_ours_is_replaced_and_an_edited_one_is_not(
     server: Server, registered: Any

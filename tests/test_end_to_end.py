@@ -425,7 +425,9 @@ def assert_kept_nowhere(server: Server, secrets: list[str]) -> None:
 
 @pytest.mark.outer_lanes
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["success", "credentials", "rows"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("success", marks=pytest.mark.one_lane), "credentials", "rows"]
+)
 def test_what_an_exception_refers_to_is_kept_nowhere(
     server: Server, pool: str, project: Path, how: str
 ) -> None:

@@ -51,6 +51,7 @@ def calls(run_: dict[str, Any]) -> list[str]:
     return [call for call in run_["trace"] if json.loads(call)[0] not in PER_PROCESS]
 
 
+@pytest.mark.outer_lanes
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_does_what_kedro_run_does(tmp_path: Path, server: Server, engine: str) -> None:
@@ -273,7 +274,9 @@ def advised(server: Server, flow_run_id: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["threads", "processes"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("threads", marks=pytest.mark.one_lane), "processes"]
+)
 def test_with_checkpoints_nothing_that_finished_runs_again(
     server: Server, pool: str, flaky: Path, engine: str
 ) -> None:

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,12 +58,17 @@ def flow_process(server: Server) -> int:
 
 
 def hang(
-    server: Server, pool: str, project: Path, engine: str = "threads", more: str = ""
+    server: Server,
+    pool: str,
+    project: Path,
+    engine: str = "threads",
+    more: str = "",
+    forks: bool = False,
 ) -> tuple[str, int]:
     """Start a flow run, and wait until one node hangs, and all before it are recorded."""
     (project / "hang").touch()
     write_config(project, f"task_runner: {{type: {engine}}}\n{more}")
-    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", forks=False)
+    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", forks=forks)
     flow_run_id = server.start_run(deployment)
     before = set(ALL) - {"flaky"}
 
@@ -88,7 +91,8 @@ def resume(server: Server, project: Path, flow_run_id: str) -> list[str]:
     ran(project)
     (project / "hang").unlink(missing_ok=True)
     (project / "mended").touch()
-    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
+    flow_run = server.retry(flow_run_id)
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
     return ran(project)
 
 
@@ -480,7 +484,7 @@ def test_a_lost_dask_worker_fails_its_node_which_runs_again_as_retries_say(
     with dask_cluster(tmp_path) as (port, _):
         runner = f"dask, address: 'tcp://127.0.0.1:{port}'"
         tasks = f"tasks: {{flaky: {{retries: {retries}}}}}"
-        flow_run_id, pid = hang(server, pool, flaky, runner, tasks)
+        flow_run_id, pid = hang(server, pool, flaky, runner, tasks, forks=True)
         (flaky / "mended").touch()
         os.kill(parent_of(pid), signal.SIGKILL)
         eventually(lambda: is_gone(pid), seconds=5)
@@ -501,43 +505,37 @@ def test_a_lost_dask_scheduler_ends_the_run(
 ) -> None:
     with dask_cluster(tmp_path) as (port, processes):
         runner = f"dask, address: 'tcp://127.0.0.1:{port}'"
-        flow_run_id, pid = hang(server, pool, flaky, runner)
+        flow_run_id, pid = hang(server, pool, flaky, runner, forks=True)
         os.kill(processes[0].pid, signal.SIGKILL)
         assert server.finished(flow_run_id)["state_type"] == "FAILED"
         assert ran(flaky) == ALL
         eventually(lambda: is_gone(pid))
 
 
-def run_without_server(project: Path, seconds: int) -> None:
+def test_a_server_may_be_away_for_minutes_in_mid_run(flaky: Path) -> None:
     for name in ("hang", "mended", "last_hangs"):
-        (project / name).touch()
-    away = Server(project.parent)
+        (flaky / name).touch()
+    away = Server(flaky.parent)
     try:
         eventually(away.is_up)
-        command = [sys.executable, project / "register_prefect_flow.py", "--run", "-p", "flaky"]
-        process = away.start(command, "flow", project, away.env)
-        eventually(lambda: (project / "pid.txt").exists() and (project / "data/side.json").exists())
+        command = [sys.executable, flaky / "register_prefect_flow.py", "--run", "-p", "flaky"]
+        process = away.start(command, "flow", flaky, away.env)
+        eventually(lambda: (flaky / "pid.txt").exists() and (flaky / "data/side.json").exists())
         stop(away.process)
-        time.sleep(seconds / 2)
-        (project / "hang").unlink()  # one node ends and another one starts without a server
-        time.sleep(seconds / 2)
+        time.sleep(60)
+        (flaky / "hang").unlink()  # one node ends and another one starts without a server
+        time.sleep(60)
         away.start_server()
         eventually(away.is_up)
-        (project / "last_hangs").unlink()
+        (flaky / "last_hangs").unlink()
         assert process.wait(timeout=120) == 0, (away.folder / "flow.log").read_text()[-5000:]
-        assert ran(project) == sorted([*ALL, "last"]), "nothing has been run twice"
+        assert ran(flaky) == sorted([*ALL, "last"]), "nothing has been run twice"
         [flow_run] = away.post("/flow_runs/filter", {})
         assert flow_run["state_type"] == "COMPLETED"
         states = dict.fromkeys(["kedro_init", *ALL, "last"], "Completed")
         away.await_states(flow_run["id"], states)
     finally:
         stop(away.process)
-
-
-def test_a_server_may_be_away_for_minutes_in_mid_run(flaky: Path) -> None:
-    both = [flaky, shutil.copytree(flaky, flaky.parent / "second" / "project")]
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(run_without_server, both, [20, 120]))
 
 
 CLOCK = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
@@ -587,7 +585,7 @@ def test_flow_runs_that_start_in_the_same_millisecond_have_versions_of_their_own
 
 
 # How many flow runs at once, and how many after each other; LOAD="20 50" takes half an hour.
-AT_ONCE, IN_A_ROW = (int(number) for number in os.environ.get("LOAD", "6 6").split())
+AT_ONCE, IN_A_ROW = (int(number) for number in os.environ.get("LOAD", "4 4").split())
 
 
 def test_many_runs_complete_and_leave_nothing_with_the_worker(

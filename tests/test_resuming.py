@@ -79,7 +79,7 @@ def test_a_retry_can_be_retried(server: Server, pool: str, flaky: Path) -> None:
     assert ran(flaky) == []
 
 
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 def test_after_a_kill_only_what_was_running_runs_again(
     server: Server, pool: str, flaky: Path
