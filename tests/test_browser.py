@@ -72,7 +72,6 @@ def test_a_user_sees_pipeline_run_and_results(
         ("go to", f"{ui}/deployments/deployment/{found}"),
         ("click", "Description"),
         ("see picture", "the pipeline"),
-        ("press", "Run"),
         ("start", "Quick run"),
     )  # fmt: skip
     eventually(lambda: newest_run(server).get("id") != before)

@@ -22,10 +22,7 @@ import register_prefect_flow
     ("package", "version", "floor"),
     [
         ("kedro", "0.18.9", "0.18.10"),
-        ("kedro", "0.17.7", "0.18.10"),
         ("prefect", "2.10.16", "2.10.17"),
-        ("prefect", "1.4.1", "2.10.17"),
-        ("prefect", "3.0.0", "3.2"),
         ("prefect", "3.1.15", "3.2"),
     ],
 )
@@ -115,6 +112,7 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
 
 
 @pytest.mark.one_lane
+@pytest.mark.slow
 def test_nodes_run_one_at_a_time_unless_prefects_setting_says_more() -> None:
     name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
     code = "import register_prefect_flow as r; print(r._THREADS and r._THREADS.value())"

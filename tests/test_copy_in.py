@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from conftest import PREFECT_3, copy_in, eventually, prefect_home, register, run, stop
+from conftest import PREFECT_3, Server, copy_in, eventually, prefect_home, register, run, stop
 from tiny_project import write_tiny_project
 
 # Prefect 3's server records some 30 task runs a second, and lists them 200 at a time: so many that
@@ -172,12 +172,9 @@ except script.click.ClickException as error:
 
 @pytest.mark.one_lane
 @pytest.mark.slow
-def test_it_leaves_nothing_in_the_project_but_the_outputs(tmp_path: Path) -> None:
-    project = copy_in(write_tiny_project(tmp_path / "project"))
+def test_it_leaves_nothing_in_the_project_but_the_outputs(project: Path, server: Server) -> None:
     before = {path for path in project.rglob("*") if "__pycache__" not in path.parts}
-    done = register(
-        project, None, "--run", env={"PREFECT_HOME": str(prefect_home(tmp_path / "home"))}
-    )
+    done = register(project, server, "--run")
     assert done.returncode == 0, done.stdout + done.stderr
     after = {path for path in project.rglob("*") if "__pycache__" not in path.parts}
     new = {path.relative_to(project).as_posix() for path in after - before if path.is_file()}

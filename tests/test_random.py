@@ -114,7 +114,7 @@ def test_any_input_is_taken_or_refused_in_one_message(project: Path) -> None:
 
     pairs = [
         (config, ["--dry_run", "--run", *arguments])
-        for config, arguments in draw(INPUTS, 400)
+        for config, arguments in draw(INPUTS, 200)
         if "\0" not in "".join(arguments)  # no argument has it
     ]
     (project / "pairs.json").write_text(json.dumps(pairs))
