@@ -187,7 +187,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         serve(Path(sys.argv[2]))
     elif (ended_as := run(sys.argv[1:])) < 0:
-        signal.signal(-ended_as, signal.SIG_DFL)
+        with suppress(OSError):  # nobody can handle SIGKILL
+            signal.signal(-ended_as, signal.SIG_DFL)
         os.kill(os.getpid(), -ended_as)
     else:
         sys.exit(ended_as)
