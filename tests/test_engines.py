@@ -51,7 +51,7 @@ def calls(run_: dict[str, Any]) -> list[str]:
     return [call for call in run_["trace"] if json.loads(call)[0] not in PER_PROCESS]
 
 
-@pytest.mark.outer_lanes
+@pytest.mark.one_lane
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_does_what_kedro_run_does(tmp_path: Path, server: Server, engine: str) -> None:
