@@ -22,7 +22,10 @@ import register_prefect_flow
     ("package", "version", "floor"),
     [
         ("kedro", "0.18.9", "0.18.10"),
+        pytest.param("kedro", "0.17.7", "0.18.10", marks=pytest.mark.slow),
         ("prefect", "2.10.16", "2.10.17"),
+        pytest.param("prefect", "1.4.1", "2.10.17", marks=pytest.mark.slow),
+        pytest.param("prefect", "3.0.0", "3.2", marks=pytest.mark.slow),
         ("prefect", "3.1.15", "3.2"),
     ],
 )

@@ -323,6 +323,7 @@ def test_nothing_needs_names_that_windows_does_not_have(
     habits: Path, server: Server, pool: str
 ) -> None:
     for arguments in (
+        ("--run", "--pipeline", "lambdas"),
         ("--run", "--pipeline", "lambdas", "--env", "processes"),
         ("--work_pool_name", pool, "--work_queue_name", "nightly"),
     ):
