@@ -424,8 +424,8 @@ def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
 def children() -> list[str]:
     """The processes that run nodes."""
     found = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True)
-    mine = f"{sys.executable} -uc"  # and not those of another lane
-    lines = [line for line in found.stdout.splitlines() if mine in line and "_be_child" in line]
+    mine = {sys.executable, "-uc"}  # and not those of another lane
+    lines = [line for line in found.stdout.splitlines() if mine <= {*line.split()}]
     return [line for line in lines if line.split()[1][0] != "Z"]
 
 

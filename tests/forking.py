@@ -2,6 +2,7 @@
 
     python forking.py SCRIPT [ARGUMENT]...
     python forking.py -m MODULE [ARGUMENT]...
+    python forking.py -uc CODE
 
 To start Python and import Kedro and Prefect takes seconds, and was more than half of the time of
 most tests. The first program of an environment is run by Python itself; the others are forks of one
@@ -12,6 +13,7 @@ import atexit
 import gc
 import importlib
 import inspect
+import io
 import json
 import os
 import random
@@ -40,8 +42,16 @@ MODULES = (
 OF_PREFECT_2 = ("prefect.server.api.server", "kubernetes.client", "kubernetes.config")
 OF_PREFECT_3 = ("prefect.flow_engine", "prefect.task_engine", "prefect.utilities.visualization")
 
-# Variables that do not matter at import: what Prefect tells a flow run, pytest a test, a shell.
-OTHERS = ("PREFECT__", "PYTEST_", "PWD", "OLDPWD", "_")
+# Variables that do not matter at import: Prefect's settings, most of which a fork reads anew, and
+# what Prefect tells a flow run, Kedro's runs, pytest a test, a shell.
+OTHERS = ("PREFECT_", "PYTEST_", "KEDRO_ENV", "KEDRO_FLOW_PROCESS", "PWD", "OLDPWD", "_")
+KEPT = ("PREFECT_HOME", "PREFECT_LOGGING_")
+
+# What a fork takes for Python, so that processes for nodes, which it starts, are forks as well.
+EXECUTABLE = """#!/bin/sh
+if [ "$1" = -uc ]; then exec "{python}" -IS "{forking}" "$@"; fi
+exec "{python}" "$@"
+"""
 
 
 def is_first(mark: Path) -> bool:
@@ -55,8 +65,11 @@ def is_first(mark: Path) -> bool:
 
 def fork_server(folder: Path) -> str | None:
     """Where the process for this environment listens: None for the first that asks."""
-    names = [n for n in sorted(os.environ) if not n.startswith(OTHERS)]
-    env = {name: os.environ[name] for name in names}
+    env = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(KEPT) or not name.startswith(OTHERS)
+    }
     path = folder / sha256(repr(env).encode()).hexdigest()[:16]
     if is_first(path):
         return None
@@ -106,6 +119,10 @@ def serve(address: Path) -> None:
     gc.collect()
     gc.freeze()  # else a collection in a fork would copy the memory of all modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    executable = address.with_suffix(".sh")
+    executable.write_text(EXECUTABLE.format(python=sys.executable, forking=__file__))
+    executable.chmod(0o700)
+    sys.executable = str(executable)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))
     listener.listen()
@@ -140,6 +157,8 @@ def watch(connection: socket.socket) -> None:
             received = connection.recv(1)
             os.kill(child, received[0] if received else signal.SIGKILL)
             if not received:
+                with suppress(ProcessLookupError):  # it leads no group, unless it is for nodes
+                    os.killpg(child, signal.SIGKILL)
                 break
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with suppress(OSError):
@@ -157,13 +176,21 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     os.chdir(job["cwd"])
     random.seed()
     sys.modules["numpy"].random.seed()
-    program, *arguments = job["arguments"]
+    program, *arguments = sys.argv = job["arguments"]
+    context = sys.modules["prefect.context"]
+    context.GLOBAL_SETTINGS_CONTEXT = context.root_settings_context()
     try:
-        if program == "-m":
+        if program == "-uc":
+            os.setsid()  # as who started it has said
+            raw = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
+            sys.stdout = io.TextIOWrapper(raw, write_through=True)
+            sys.argv, sys.path[0] = ["-c"], ""
+            exec(arguments[0], {"__name__": "__main__"})
+        elif program == "-m":
             sys.argv, sys.path[0] = arguments, job["cwd"]
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         else:
-            sys.argv, sys.path[0] = job["arguments"], str(Path(program).absolute().parent)
+            sys.path[0] = str(Path(program).absolute().parent)
             runpy.run_path(program, run_name="__main__")
         code = 0
     except SystemExit as ended:

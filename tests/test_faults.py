@@ -127,7 +127,7 @@ def test_a_run_that_is_ended_stops_its_nodes_at_once_and_can_be_resumed(
     end: Callable[[Server, str], None],
     state: str,
 ) -> None:
-    flow_run_id, pid = hang(server, pool, flaky, engine)
+    flow_run_id, pid = hang(server, pool, flaky, engine, forks=engine == "dask")
     end(server, flow_run_id)
     eventually(lambda: is_gone(pid), seconds=20)
     assert server.finished(flow_run_id)["state_type"] == state
@@ -149,7 +149,7 @@ def test_a_cancelled_run_in_threads_ends_within_prefects_patience(
 def test_a_terminated_run_in_threads_starts_no_other_node(
     server: Server, pool: str, flaky: Path
 ) -> None:
-    flow_run_id, _ = hang(server, pool, flaky)
+    flow_run_id, _ = hang(server, pool, flaky, forks=True)
     (flaky / "mended").touch()
     terminate_flow(server, flow_run_id)
     time.sleep(1)
@@ -596,7 +596,7 @@ def test_many_runs_complete_and_leave_nothing_with_the_worker(
     env = {"TMPDIR": str(temporary), "PREFECT_HOME": str(home)}
     with own_worker(server, tmp_path, "loaded", env) as start:
         worker = start()
-        deployment = register_and_forget(project, server, "loaded", forks=False)
+        deployment = register_and_forget(project, server, "loaded")
 
         def run_many(count: int, at_once: int) -> None:
             for _ in range(count // at_once):
