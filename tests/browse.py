@@ -39,7 +39,6 @@ with sync_playwright() as playwright:
                 picture = page.get_by_role("img", name=what).first
                 expect(picture).to_be_visible()
                 assert picture.evaluate("picture => picture.naturalWidth") > 0
-            page.screenshot(path=f"{folder}/{number}.png")
         except BaseException:
             page.screenshot(path=f"{folder}/{number}-failed.png")
             print(page.inner_text("body"))

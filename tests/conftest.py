@@ -125,7 +125,7 @@ def eventually(ask: Callable[[], Any], seconds: float = 180, or_show: Any = "") 
     while not (answer := ask()):
         waited = time.monotonic() - start
         assert waited < seconds, f"not so within {seconds} s: {or_show}"
-        time.sleep(min(0.1 + waited / 10, 1))  # a server that is asked all the time is slower
+        time.sleep(min(0.1 + waited / 5, 2))  # a server that is asked all the time is slower
     return answer
 
 

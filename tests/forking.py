@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import runpy
 import selectors
 import signal
@@ -42,9 +43,18 @@ MODULES = (
 OF_PREFECT_2 = ("prefect.server.api.server", "kubernetes.client", "kubernetes.config")
 OF_PREFECT_3 = ("prefect.flow_engine", "prefect.task_engine", "prefect.utilities.visualization")
 
-# Variables that do not matter at import: Prefect's settings, most of which a fork reads anew, and
-# what Prefect tells a flow run, Kedro's runs, pytest a test, a shell.
-OTHERS = ("PREFECT_", "PYTEST_", "KEDRO_ENV", "KEDRO_FLOW_PROCESS", "PWD", "OLDPWD", "_")
+# Variables that do not matter at import: Prefect's settings, most of which a fork reads anew, as it
+# does PYTHONPATH, and what Prefect tells a flow run, Kedro's runs, pytest a test, a shell.
+OTHERS = (
+    "PREFECT_",
+    "PYTHONPATH",
+    "PYTEST_",
+    "KEDRO_ENV",
+    "KEDRO_FLOW_PROCESS",
+    "PWD",
+    "OLDPWD",
+    "_",
+)
 KEPT = ("PREFECT_HOME", "PREFECT_LOGGING_")
 
 # What a fork takes for Python, so that processes for nodes, which it starts, are forks as well.
@@ -63,20 +73,28 @@ def is_first(mark: Path) -> bool:
     return True
 
 
+def settings(env: dict[str, str]) -> dict[str, str]:
+    """Prefect's settings, without what it tells a flow run."""
+    return {name: value for name, value in env.items() if re.match("PREFECT_[^_]", name)}
+
+
 def fork_server(folder: Path) -> str | None:
-    """Where the process for this environment listens: None for the first that asks."""
+    """Where the process for this environment listens: None if a program is the first to need it.
+
+    For few programs have an environment of their own, but for that of the first program of all.
+    """
     env = {
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(KEPT) or not name.startswith(OTHERS)
     }
     path = folder / sha256(repr(env).encode()).hexdigest()[:16]
-    if is_first(path):
+    if not is_first(folder / "all") and is_first(path):
         return None
     if is_first(path.with_suffix(".starts")):
         subprocess.Popen(
             [sys.executable, __file__, "--serve", path.with_suffix(".socket")],
-            env=env,
+            env={**env, **settings(dict(os.environ))},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # which no program can seek in, as they cannot in their own
@@ -171,14 +189,17 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    others = settings(dict(os.environ)) != settings(job["env"])
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
     random.seed()
     sys.modules["numpy"].random.seed()
     program, *arguments = sys.argv = job["arguments"]
-    context = sys.modules["prefect.context"]
-    context.GLOBAL_SETTINGS_CONTEXT = context.root_settings_context()
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if others:
+        context = sys.modules["prefect.context"]
+        context.GLOBAL_SETTINGS_CONTEXT = context.root_settings_context()
     try:
         if program == "-uc":
             os.setsid()  # as who started it has said
