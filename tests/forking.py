@@ -199,6 +199,7 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if others:
         context = sys.modules["prefect.context"]
+        context.GLOBAL_SETTINGS_CONTEXT = None  # from which Prefect 2 would take what is not set
         context.GLOBAL_SETTINGS_CONTEXT = context.root_settings_context()
     try:
         if program == "-uc":
