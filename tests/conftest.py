@@ -35,8 +35,8 @@ os.environ.update(
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_API_BLOCKS_REGISTER_ON_START="false",  # a third of what a server does when it starts
-    PREFECT_WORKER_QUERY_SECONDS="2",  # each second, it was most of what an idle server did
-    PREFECT_AGENT_QUERY_INTERVAL="2",
+    PREFECT_WORKER_QUERY_SECONDS="3",  # each second, it was most of what an idle server did
+    PREFECT_AGENT_QUERY_INTERVAL="3",
     FORKS=tempfile.mkdtemp(prefix=f"forks-{os.getpid()}-"),
     COLUMNS="200",  # rich would break messages to the width of a terminal that is not there
 )
@@ -125,7 +125,7 @@ def eventually(ask: Callable[[], Any], seconds: float = 180, or_show: Any = "") 
     while not (answer := ask()):
         waited = time.monotonic() - start
         assert waited < seconds, f"not so within {seconds} s: {or_show}"
-        time.sleep(min(0.1 + waited / 5, 2))  # a server that is asked all the time is slower
+        time.sleep(min(0.3 + waited / 4, 2))  # a server that is asked all the time is slower
     return answer
 
 
