@@ -5,8 +5,8 @@
     python forking.py -uc CODE
 
 To start Python and import Kedro and Prefect takes seconds, and was more than half of the time of
-most tests. The first program of an environment is run by Python itself; the others are forks of one
-process for that environment, which ends with the tests.
+most tests. So programs are forks of one process for their environment, which ends with the tests;
+but a program whose environment no other has had is run by Python itself.
 """
 
 import atexit
@@ -73,28 +73,25 @@ def is_first(mark: Path) -> bool:
     return True
 
 
-def settings(env: dict[str, str]) -> dict[str, str]:
-    """Prefect's settings, without what it tells a flow run."""
+def of_prefect(env: dict[str, str]) -> dict[str, str]:
+    """The variables that are settings of Prefect, without what it tells a flow run."""
     return {name: value for name, value in env.items() if re.match("PREFECT_[^_]", name)}
 
 
 def fork_server(folder: Path) -> str | None:
-    """Where the process for this environment listens: None if a program is the first to need it.
-
-    For few programs have an environment of their own, but for that of the first program of all.
-    """
+    """Where the process for this environment listens: None for the first to need an odd one."""
     env = {
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(KEPT) or not name.startswith(OTHERS)
     }
     path = folder / sha256(repr(env).encode()).hexdigest()[:16]
-    if not is_first(folder / "all") and is_first(path):
+    if is_first(path) and not is_first(folder / "all"):
         return None
     if is_first(path.with_suffix(".starts")):
         subprocess.Popen(
             [sys.executable, __file__, "--serve", path.with_suffix(".socket")],
-            env={**env, **settings(dict(os.environ))},
+            env={**env, **of_prefect(dict(os.environ))},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # which no program can seek in, as they cannot in their own
@@ -128,8 +125,8 @@ def run(arguments: list[str]) -> int:
 def serve(address: Path) -> None:
     """Fork for each program that is asked for, until the tests, which the folder names, end."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    of_prefect = OF_PREFECT_3 if find_spec("prefect.flow_engine") else OF_PREFECT_2
-    for name in (*of_prefect, *MODULES):
+    modules = OF_PREFECT_3 if find_spec("prefect.flow_engine") else OF_PREFECT_2
+    for name in (*modules, *MODULES):
         with suppress(ImportError):
             importlib.import_module(name)
     inspect.stack()  # which Kedro's settings ask for, and which notes where all modules are
@@ -189,7 +186,7 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    others = settings(dict(os.environ)) != settings(job["env"])
+    others = of_prefect(dict(os.environ)) != of_prefect(job["env"])
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
