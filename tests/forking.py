@@ -55,6 +55,7 @@ OTHERS = (
     "OLDPWD",
     "_",
 )
+# But these matter: Prefect sets up logging when it is imported, and Prefect 2 finds its database.
 KEPT = ("PREFECT_HOME", "PREFECT_LOGGING_")
 
 # What a fork takes for Python, so that processes for nodes, which it starts, are forks as well.
@@ -186,7 +187,7 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    others = of_prefect(dict(os.environ)) != of_prefect(job["env"])
+    settings_differ = of_prefect(dict(os.environ)) != of_prefect(job["env"])
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
@@ -194,7 +195,7 @@ def become(job: dict[str, Any], files: list[int]) -> None:
     sys.modules["numpy"].random.seed()
     program, *arguments = sys.argv = job["arguments"]
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    if others:
+    if settings_differ:
         context = sys.modules["prefect.context"]
         context.GLOBAL_SETTINGS_CONTEXT = None  # from which Prefect 2 would take what is not set
         context.GLOBAL_SETTINGS_CONTEXT = context.root_settings_context()
