@@ -28,6 +28,7 @@ import os
 import pickle
 import platform
 import queue
+import random
 import re
 import shlex
 import signal
@@ -35,15 +36,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from itertools import chain, filterfalse
 from pathlib import Path
@@ -89,12 +88,17 @@ for _name, _found, _floor in (
     ("Prefect", prefect.__version__, "3.2" if _PREFECT_3 else "2.10.17"),
 ):
     if _version(_found) < _version(_floor):
-        _problem = f"needs {_name} {_floor} or newer, and this is {_name} {_found}."
-        _remedy = f" pip install '{_name.lower()}>={_floor}'" * (_name != "Python")
-        raise SystemExit(f"Error: register_prefect_flow.py {_problem}{_remedy}")
+        _needs = f"{THIS_FILE.name} needs {_name} {_floor} or newer"
+        _problem = f"{_needs}, and this is {_name} {_found}."
+        if _name != "Python":
+            _problem += f" pip install '{_name.lower()}>={_floor}'"
+        if __name__ == "__main__":
+            sys.exit(f"Error: {_problem}")
+        raise ImportError(_problem)
 
 from kedro import io as kedro_io
 from kedro.config import AbstractConfigLoader, MissingConfigException
+from kedro.framework import project as kedro_project
 from kedro.framework.cli import utils as cli
 from kedro.framework.project import pipelines, settings
 from kedro.framework.session import KedroSession
@@ -140,15 +144,26 @@ def _request_pipelines(names: list[str]) -> None:
         pipelines.set_requested(names or None)
 
 
+def _session_class() -> Any:
+    """Return the class of the project's session, which is a setting since Kedro 1.3."""
+    return getattr(settings, "SESSION_CLASS", KedroSession)
+
+
 def _create_session(env: str, conf_source: str, runtime_params: Options) -> Any:
-    """Make a session as `kedro run` does."""
-    # Since Kedro 1.3 the class is a setting, and those of another kind take the runtime
-    # parameters later.
-    session_class: Any = getattr(settings, "SESSION_CLASS", KedroSession)
+    """Make a session as `kedro run` does; those of another kind take runtime parameters later."""
     arguments: Options = {"conf_source": conf_source} if conf_source else {}
-    if issubclass(session_class, KedroSession):
+    if issubclass(_session_class(), KedroSession):
         arguments["runtime_params" if _KEDRO_1 else "extra_params"] = runtime_params
-    return session_class.create(project_path=PROJECT_PATH, env=env, **arguments)
+    return _session_class().create(project_path=PROJECT_PATH, env=env, **arguments)
+
+
+def _adopt_run_id(session: Any, run_id: str) -> None:
+    """Let it be the version of what a session saves; those of another kind take it later."""
+    if isinstance(session, KedroSession):
+        stored = session.store | {"session_id": run_id}
+        session.session_id = run_id
+        session._store = session._init_store()  # a store may be a file with this id in its name
+        session._store.update(stored)
 
 
 def _call_with_params(method: Any, options: Options) -> Any:
@@ -157,20 +172,20 @@ def _call_with_params(method: Any, options: Options) -> Any:
     return method(**{"runtime_params": options["runtime_params"]} if takes_them else {})
 
 
-def _load_catalog(session: Any, context: Any, options: Options) -> Any:
+def _load_catalog(context: Any, options: Options, run_id: str) -> Any:
     """Make the catalog as `kedro run` does."""
     if names := _pipeline_names(options):  # whose parameters Kedro 1.7 checks
         context._pipelines_to_validate = names
     arguments = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
-    arguments |= {"save_version": session.session_id, "load_versions": options["load_versions"]}
+    arguments |= {"save_version": run_id, "load_versions": options["load_versions"]}
     return context._get_catalog(**arguments)
 
 
-def _run_session(session: Any, runner: SequentialRunner, options: Options) -> None:
+def _run_session(session: Any, runner: SequentialRunner, options: Options, run_id: str) -> None:
     """Pass on what `kedro run` passes on, for hooks get to see it."""
-    accepted = inspect.signature(session.run).parameters
-    names = _pipeline_names(options)
+    accepted, names = _accepted(session.run), _pipeline_names(options)
     arguments = options | {
+        "run_id": run_id,
         "tags": tuple(options["tags"]),
         "node_names": tuple(options["node_names"]),
         "namespace": next(iter(options["namespaces"]), None),
@@ -189,14 +204,34 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     return catalog._get_dataset(name) if name in known else None
 
 
+def _catalog_names(catalog: Any) -> list[str]:
+    return [*(catalog.keys() if _KEDRO_1 else catalog.list())]
+
+
 def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
-    catalog._datasets.pop(name, None)  # or Kedro warns
+    (vars(catalog).get("_datasets") or catalog._data_sets).pop(name, None)  # or Kedro warns
     (catalog.__setitem__ if _KEDRO_1 else catalog.add)(name, dataset)
+
+
+def _give_up(catalog: Any, name: str) -> None:
+    """Let a run return None for what is lost: before Kedro 1.0 a run loads what it returns."""
+    lambda_dataset: Any = vars(kedro_io).get("LambdaDataset", vars(kedro_io).get("LambdaDataSet"))
+    if not _KEDRO_1:
+        _set_dataset(catalog, name, lambda_dataset(load=lambda: None, save=None))
 
 
 def _is_in_memory(dataset: Any | None) -> bool:
     old = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")  # 0.18 had no mark for it
     return dataset is None or bool(getattr(dataset, "_EPHEMERAL", old))
+
+
+def _report_end(report: Callable[[Any], None], future: Any) -> None:
+    """Wait for a task, and report its state, or what kept it from having one."""
+    try:
+        state = future.wait()  # in Prefect 3 it returns nothing
+        report(future.state if state is None else state)
+    except BaseException as error:
+        report(error)
 
 
 # Prefect 2 lacks this setting.
@@ -205,19 +240,17 @@ _THREADS: Any = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.client.schemas.objects import TaskRunResult
-    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
     from prefect.task_engine import run_task
     from prefect.task_runners import ThreadPoolTaskRunner
 
     _AGENT_POOL_TYPE, _SUGGESTED_POOL_TYPE = "", "process"
-    _CALLED_IN_THREADS = False  # a task that is called runs in the thread that calls it
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[..., None]]:
         """Yield what runs a task, behind states of others: if one worker does, in this thread."""
         runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
 
-        def start(task: Any, needed: list[Any], hand_on: Callable[[Any], None]) -> None:
+        def start(task: Any, needed: list[Any], report: Callable[[Any], None]) -> None:
             # Prefect loads the result behind each state, which earlier runs have not kept: one that
             # failed is enough to wait for, and edges can be drawn without.
             failed: list[Any] = [state for state in needed if not state.is_completed()]
@@ -225,36 +258,13 @@ if _PREFECT_3:
             about: Any = {"parameters": {}, "wait_for": failed[:1] or [None]}
             about["dependencies"] = {"wait_for": {TaskRunResult(id=each) for each in ids}}
             if max_workers == 1:
-                hand_on(run_task(task, return_type="state", **about))
-                return
-
-            def done(future: Any) -> None:
-                with suppress(KeyboardInterrupt):  # of a node, whose record has it
-                    future.wait()
-                hand_on(future._final_state)
-
-            runner.submit(task, **about).add_done_callback(done)
+                report(run_task(task, return_type="state", **about))
+            else:
+                future = runner.submit(task, **about)
+                future.add_done_callback(functools.partial(_report_end, report))
 
         with runner if max_workers > 1 else nullcontext():
             yield start
-
-    @contextmanager
-    def _embedded_server() -> Iterator[bool]:
-        """Start the server that Prefect needs where none is set."""
-        from prefect.server.api.server import SubprocessASGIServer
-
-        # It makes its database at its first start: 12 s on a fast machine. Prefect waits 20 s.
-        patience = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 60}
-        with temporary_settings(set_defaults=patience):
-            # Ctrl-C reaches all processes of a terminal, and this one has to record how the run
-            # ends. What is blocked stays so in a child. Windows blocks nothing.
-            block = getattr(signal, "pthread_sigmask", lambda *_: None)
-            block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
-            try:
-                SubprocessASGIServer().start()
-            finally:
-                block(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
-            yield True
 
     async def _save_deployment(
         flow: Any, name: str, fields: Options, existing: Any, for_agent: bool
@@ -271,19 +281,17 @@ if _PREFECT_3:
 
 else:
     _AGENT_POOL_TYPE = "prefect-agent"  # Agents gave way to workers in Prefect 2.16.4.
-    _OLD = _version(prefect.__version__) < (2, 16, 4)
-    _SUGGESTED_POOL_TYPE = _AGENT_POOL_TYPE if _OLD else "process"
-    _embedded_server = nullcontext  # type: ignore[assignment]  # it is no process of its own
-    _CALLED_IN_THREADS = True  # as submitted ones do
+    _HAS_AGENTS = _version(prefect.__version__) < (2, 16, 4)
+    _SUGGESTED_POOL_TYPE = _AGENT_POOL_TYPE if _HAS_AGENTS else "process"
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[..., None]]:
         del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
 
-        def start(task: Any, needed: list[Any], hand_on: Callable[[Any], None]) -> None:
+        def start(task: Any, needed: list[Any], report: Callable[[Any], None]) -> None:
             future = task.submit(wait_for=needed)
             # Futures have no callbacks before Prefect 3: a thread waits for each of the few.
-            threading.Thread(target=lambda: hand_on(future.wait()), daemon=True).start()
+            threading.Thread(target=_report_end, args=(report, future), daemon=True).start()
 
         yield start
 
@@ -314,17 +322,15 @@ else:
 
 # ---- Errors: what a user can mend is one message without a traceback ----
 
-_ENGINES_NEED = {"kedro": "0.19", "prefect": "3.2"}  # and checkpoints: not tried with older ones
 
-
-def _need(what: str, **versions: str) -> None:
-    """Refuse what came with a later version of Kedro or Prefect than this."""
-    for package in (kedro, prefect):
-        name, found = package.__name__, package.__version__
-        if _version(found) < _version(floor := versions.get(name, "0")):
+def _need_engines(what: str) -> None:
+    """Refuse what is not tried with older versions of Kedro and Prefect."""
+    for package, floor in ((kedro, "0.19"), (prefect, "3.2")):
+        name = package.__name__
+        if _version(package.__version__) < _version(floor):
             problem = f"{what} needs {name.title()} {floor} or newer, and this is {name.title()}"
             remedy = f"leave it out, or pip install '{name}>={floor}'"
-            raise ClickException(f"{problem} {found}: {remedy}")
+            raise ClickException(f"{problem} {package.__version__}: {remedy}")
 
 
 def _unknown(problem: str, name: str, names: Iterable[str], kind: str, remedy: str = "") -> Any:
@@ -392,9 +398,22 @@ def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None)
 # ---- Project: environment, pipeline, catalog ----
 
 
-@functools.cache  # a second time would load all pipelines again
-def _bootstrap(project_path: Path) -> ProjectMetadata:
-    metadata, handlers = bootstrap_project(project_path), logging.getLogger().handlers
+# Held while Kedro loads a project: a process has one list of pipelines, and may have several runs.
+_loading = threading.Lock()
+
+
+def _bootstrap() -> ProjectMetadata:
+    """Let this be the project that Kedro has open: a process may run flows of several."""
+    metadata = _get_project_metadata(PROJECT_PATH)
+    if metadata.package_name != kedro_project.PACKAGE_NAME:
+        bootstrap_project(PROJECT_PATH)
+        _log_plain_lines()
+    return metadata
+
+
+def _log_plain_lines() -> None:
+    """Where the output is no terminal, let Kedro's handler write lines as they are."""
+    handlers = logging.getLogger().handlers
     for index, handler in enumerate(handlers):
         # Into a file, Kedro's Rich handler would draw each line in a millisecond.
         if isinstance(handler, RichHandler) and not handler.console.is_terminal:
@@ -404,7 +423,6 @@ def _bootstrap(project_path: Path) -> ProjectMetadata:
             plain.setLevel(handler.level)
             layout = "%(asctime)s | %(levelname)-7s | %(name)s - %(message)s"
             plain.setFormatter(logging.Formatter(layout))
-    return metadata
 
 
 def _flow_name() -> str:
@@ -433,7 +451,7 @@ def _locate_conf(options: Options) -> str:
 
 def _environment(options: Options) -> str:
     """Return the environment; `base` is the project's base environment, whatever its name is."""
-    env: str = options["env"]
+    env: str = options["env"] or os.environ.get("KEDRO_ENV") or "base"
     if env == "base" and not Path(_locate_conf(options), env).is_dir():
         return str(settings.CONFIG_LOADER_ARGS.get("base_env", env))
     return env
@@ -459,26 +477,15 @@ def _open_session(options: Options) -> Any:
         return _create_session(_environment(options), conf_source, options["runtime_params"])
 
 
-def _adopt_session_id(session: Any, session_id: str) -> None:
-    session.session_id = session_id
-    if hasattr(session, "_store"):
-        session._store["session_id"] = session_id
-
-
-def _load_conf(session: Any, options: Options, kind: str) -> Any:
-    """Load the catalog or credentials with the project's own config loader; none: nothing."""
-    with suppress(MissingConfigException):
-        return _call_with_params(session._get_config_loader, options)[kind]
-    return {}
-
-
 def _read_credentials(session: Any, options: Options, name: str) -> Options:
     """Return an entry of credentials.yml; without a name, nothing."""
     if not name:
         return {}
-    found = _load_conf(session, options, "credentials")
+    found: Options = {}
+    with suppress(MissingConfigException):
+        found = _call_with_params(session._get_config_loader, options)["credentials"]
     if name not in found:
-        problem = f"There are no credentials '{name}' in environment '{options['env']}'."
+        problem = f"There are no credentials '{name}' in environment '{_environment(options)}'."
         raise _unknown(problem, name, found, "credentials")
     return cast("Options", found[name])
 
@@ -487,6 +494,30 @@ def _pipeline_names(options: Options) -> list[str]:
     """Name the pipelines as `kedro run` does: none, if it is the default one."""
     names = list(dict.fromkeys(name.strip() for name in options["pipeline_name"].split(",")))
     return [] if names == ["__default__"] else names
+
+
+def _accepted(*methods: Any) -> set[str]:
+    """Name the parameters of methods of a session; **kwargs stands for those of Kedro's own."""
+    found = {each for method in methods for each in inspect.signature(method).parameters.values()}
+    if any(each.kind is each.VAR_KEYWORD for each in found):
+        found |= {*inspect.signature(KedroSession.run).parameters.values()}
+    return {each.name for each in found}
+
+
+def _check_options(options: Options) -> None:
+    """Refuse options that this Kedro, or the project's own session, does not take."""
+    taken = _accepted(_session_class().create, _session_class().run) | {"env", "checkpoints"}
+    names, namespaces = _pipeline_names(options), options["namespaces"]
+    one_of = {  # what the session may call it; the singular takes one only
+        "pipeline_name": {"pipeline_names", *([] if names[1:] else ["pipeline_name"])},
+        "namespaces": {"namespaces", *([] if namespaces[1:] else ["namespace"])},
+        "runtime_params": {"runtime_params", "extra_params"},
+    }
+    for name, value in (options | {"pipeline_name": names}).items():
+        if value and not taken & one_of.get(name, {name}):
+            what = f"{name} '{options[name]}'" if name in ("pipeline_name", "namespaces") else name
+            kind = f"{_session_class().__name__} of Kedro {kedro.__version__}"
+            raise ClickException(f"{kind} does not take {what}: leave it out, or change that.")
 
 
 def _is_parameter(name: str) -> bool:
@@ -504,34 +535,9 @@ def _namespaces(node: Node) -> set[str]:
     return {".".join(parts[:end]) for end in range(1, len(parts) + 1)} - {""}
 
 
-def _explain_filters(problem: str, pipeline: Pipeline, options: Options) -> Any:
-    """Return an error that names a value of a filter that is not in the pipeline."""
-    nodes = {node.name for node in pipeline.nodes}
-    datasets = pipeline.all_inputs() | pipeline.all_outputs()
-    tags = set(chain.from_iterable(node.tags for node in pipeline.nodes))
-    spaces = set(chain.from_iterable(map(_namespaces, pipeline.nodes)))
-    known = [tags, nodes, nodes, nodes, datasets, datasets, spaces]
-    for kind, there in zip(FILTERS, known, strict=True):
-        for value in set(options[kind]) - there:
-            return _unknown(f"{problem}\n  {kind}: '{value}'.", value, there, kind)
-    return ClickException(problem)
-
-
-_Opened = tuple[Any, Any, Pipeline]  # session, context and nodes of a project opened for a run
-_opened: list[_Opened] = []  # by --run, for the flow: Prefect hands on no objects
-_opening = threading.Lock()  # a process has one list of pipelines, and may have several runs
-
-
 def _load_pipeline(options: Options) -> Pipeline:
-    """Return the nodes that a run asks for; refuse what cannot be right, or not with this Kedro."""
+    """Return the nodes that a run asks for; refuse what cannot be right."""
     names = _pipeline_names(options) or ["__default__"]
-    for what, is_asked_for, floors in (
-        ("checkpoints", options["checkpoints"], _ENGINES_NEED),
-        ("only_missing_outputs", options["only_missing_outputs"], {"kedro": "1.0"}),
-        ("More than one of namespaces", options["namespaces"][1:], {"kedro": "1.0"}),
-        ("More than one pipeline at once", names[1:], {"kedro": "1.2"}),
-    ):
-        _need(what, **floors if is_asked_for else {})
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
         found: Any = {name: pipelines.get(name) for name in names}
         if None in found.values():
@@ -542,47 +548,34 @@ def _load_pipeline(options: Options) -> Pipeline:
             raise _unknown(f"There is no pipeline '{name}'.", name, registered, "pipelines")
         if not pipeline.nodes:
             raise ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
-    whole = sum(found.values(), Pipeline([]))
     try:
-        return _filter_pipeline(whole, options)
+        return _filter_pipeline(sum(found.values(), Pipeline([])), options)
     except ValueError as error:
-        problem = f"Filtering pipeline '{options['pipeline_name']}': {error}"
-        raise _explain_filters(problem, whole, options) from error
+        filters = ", ".join(
+            f"{name} {','.join(options[name])}" for name in FILTERS if options[name]
+        )
+        problem = f"Filtering pipeline '{options['pipeline_name']}' by {filters}: {error}"
+        raise ClickException(problem) from error
 
 
-def _open(options: Options, names: Iterable[str] = ()) -> _Opened:
-    """Make session, context and pipelines, in Kedro's order; of the pipelines those with names."""
-    package = _bootstrap(PROJECT_PATH).package_name
-    _check_environment(options)
+def _open_project(options: Options, names: Iterable[str] = ()) -> tuple[Any, Any, Pipeline]:
+    """Make session, context and pipeline, in Kedro's order; load the pipelines with these names."""
     # What a hook reads from the context may shape the pipelines: those of the last run do not do.
-    pipelines.configure(f"{package}.pipeline_registry")
+    pipelines.configure(f"{_bootstrap().package_name}.pipeline_registry")
     _request_pipelines(list(names))
     session = _open_session(options)
-    with _project_errors(f"Loading environment '{options['env']}'"):
+    with _project_errors(f"Loading environment '{_environment(options)}'"):
         context = _call_with_params(session.load_context, options)
     return session, context, _load_pipeline(options)
 
 
-def _remedies(message: str, options: Options) -> str:
-    """Say where an input may come from that a message calls missing, or credentials."""
-    conf, env = Path(_locate_conf(options)), _environment(options)
-    is_input = "pipeline input" in message.lower()  # as Kedro says, and we do
-    place = "parameters" if "params:" in message else "catalog"
-    stop = "" if message.endswith(".") else "."
-    text = f"{stop} Add it to the {place} in {conf.name}, or run what makes it." * is_input
+def _other_environment(options: Options) -> str:
+    """Say that a run leaves out an environment that `kedro run` reads, if it has anything."""
     local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
-    has_files = any((conf / local).glob("**/*.y*ml"))
-    if env != local and (is_input or "redential" in message) and has_files:
-        text += f" `kedro run` reads environment {local}, too: try --env {local}."
-    return text
-
-
-def _copy_catalog(catalog: Any) -> Any:
-    """Copy a catalog: asking the copy for a dataset makes none in the catalog itself."""
-    copied = copy(catalog)
-    dicts = {name: copy(each) for name, each in vars(catalog).items() if isinstance(each, dict)}
-    vars(copied).update(dicts)
-    return copied
+    has_files = any(Path(_locate_conf(options), local).glob("**/*.y*ml"))
+    if local == _environment(options) or not has_files:
+        return ""
+    return f" `kedro run` reads environment {local}, too: try --env {local}."
 
 
 def _inner(dataset: Any) -> Any:
@@ -599,45 +592,68 @@ def _pin_versions(catalog: Any, pipeline: Pipeline, session_id: str) -> None:
             dataset._version = type(version)(version.load or session_id, session_id)
 
 
-def _load_datasets(opened: _Opened, options: Options) -> tuple[dict[str, Any | None], list[str]]:
-    """Make every dataset of the pipeline, None for memory, and name missing parameters."""
-    session, context, pipeline = opened
-    with _project_errors(f"Loading catalog and parameters of environment '{options['env']}'"):
-        catalog = _load_catalog(session, context, options)
-        names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
-        datasets = {name: _get_dataset(catalog, name) for name in names}
+class _Checked(NamedTuple):
+    """What is known of a run before it starts."""
+
+    pipeline: Pipeline
+    datasets: dict[str, Any | None]  # None: the runner keeps it in memory
+    notes: list[str]  # what has to come with the run
+
+
+def _note_missing(pipeline: Pipeline, catalog: Any, datasets: Options) -> list[str]:
+    """Name inputs that nothing provides, as notes if runs or hooks may bring them."""
+    names, notes = _catalog_names(catalog), []
     missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
     if inputs := [name for name in missing if not _is_parameter(name)]:
-        problem = "No catalog entry, pattern or parameter provides pipeline input"
-        entries = [name for name in _load_conf(session, options, "catalog") if name[0] != "_"]
-        raise _unknown(f"{problem} {', '.join(inputs)}.", inputs[0], entries, "entries")
-    return datasets, [name.removeprefix("params:") for name in missing]
+        problem = f"No catalog entry, pattern or parameter provides pipeline input {inputs[0]}"
+        problem = ", ".join([problem, *inputs[1:]]) + "."
+        hooks = (getattr(hook, "before_pipeline_run", None) for hook in settings.HOOKS)
+        if not any(hook and "catalog" in inspect.signature(hook).parameters for hook in hooks):
+            remedy = f" Add it to the catalog in {settings.CONF_SOURCE}, or run what makes it."
+            entries = [name for name in names if not _is_parameter(name)]
+            raise _unknown(problem, inputs[0], entries, "entries", remedy)
+        notes.append(f"{problem} A hook has to (before_pipeline_run), or each run fails.")
+    for name in filter(_is_parameter, missing):
+        close = difflib.get_close_matches(name, filter(_is_parameter, names), n=1)
+        hint = f" Or did you mean {close[0]}?" if close else ""
+        param = name.removeprefix("params:")
+        notes.append(f"Each run has to bring '{param}' in runtime_params, or a hook.{hint}")
+    return notes
 
 
-def _open_with_datasets(options: Options) -> tuple[_Opened, dict[str, Any | None], list[str]]:
-    """Open the project, make its datasets, and name the parameters that each run has to bring."""
-    needed: list[str] = []
-    params, opened = deepcopy(options["runtime_params"]), None
-    while True:
-        try:
-            opened = _open(options | {"runtime_params": params})
-            datasets, missing = _load_datasets(opened, options)
-            return opened, datasets, needed + missing
-        except ClickException as error:
-            found = re.search(r"Runtime parameter '([^']+)' not found", error.message)
-            if not found or found[1] in needed:
-                remedies = _remedies(error.message, options) if opened else ""
-                raise ClickException(error.message + remedies) from error
-        needed.append(found[1])  # and a value is made up, so that all else is checked
-        *above, last = found[1].split(".")
-        functools.reduce(lambda inner, part: inner.setdefault(part, {}), above, params)[last] = last
+def _check_project(options: Options) -> _Checked:
+    """Open the project as a run would, and make its datasets, but run no hook of a pipeline."""
+    _check_options(options)
+    _, context, pipeline = _open_project(options)
+    names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
+    doing = f"Loading catalog and parameters of environment '{_environment(options)}'"
+    try:
+        with _project_errors(doing):
+            catalog = _load_catalog(context, options, kedro_io.core.generate_timestamp())
+            datasets = {name: _get_dataset(catalog, name) for name in names}
+        return _Checked(pipeline, datasets, _note_missing(pipeline, catalog, datasets))
+    except ClickException as error:
+        if "Runtime parameter" not in str(error.__cause__):  # Kedro has no class for that
+            raise ClickException(error.message + _other_environment(options)) from error
+        [reason, *_] = str(error.__cause__).splitlines()
+        note = f"Each run has to bring runtime_params. {reason} Without them (--params) the catalog"
+        return _Checked(pipeline, {}, [f"{note} is not checked."])
+
+
+def _note_run_command(metadata: ProjectMetadata) -> list[str]:
+    """Say that a project's own `kedro run` is not what a flow runs."""
+    try:
+        commands = importlib.import_module(f"{metadata.package_name}.cli").cli.commands
+    except Exception:  # there is none, or `kedro` says what is wrong with it
+        return []
+    own = "cli.py has a command `run` of its own. A flow run does not call it."
+    return [own] if "run" in commands else []
 
 
 # ---- conf/<env>/prefect.yml ----
 
 _NUMBER = (int, float)
 _SHAPE: Options = {
-    "flow": {"retries": int, "retry_delay_seconds": _NUMBER},
     "task_runner": {"type": str, "max_workers": int, "is_async": bool, "resume": bool},
     "checkpoints": (str, {"url": str, "credentials": str}), "artifacts": bool,
     "tasks": {str: {
@@ -651,7 +667,6 @@ _SHAPE: Options = {
 class _Config(NamedTuple):
     """What prefect.yml says of how nodes are run."""
 
-    flow: Options
     task_runner: Options
     tasks: dict[str, Options]
     checkpoints: Any = None  # URL, or URL and credentials
@@ -676,8 +691,8 @@ def _check(where: str, found: Any, shape: Any) -> None:
 
 def _read_config(session: Any, options: Options) -> _Config:
     """Read prefect.yml with the project's own config loader, and check it."""
+    loader = _call_with_params(session._get_config_loader, options)
     with _project_errors("Loading prefect.yml"):
-        loader = _call_with_params(session._get_config_loader, options)
         if hasattr(loader, "config_patterns"):
             loader.config_patterns.setdefault("prefect", ["prefect.*"])
         try:
@@ -688,19 +703,23 @@ def _read_config(session: Any, options: Options) -> _Config:
         problem = "prefect.yml says how nodes are run. Deployments belong into Prefect's own file"
         remedy = "in the project's root, and are registered with `prefect deploy --all`"
         raise ClickException(f"{problem} prefect.yaml, {remedy}.")
+    if "flow" in found:
+        problem = "prefect.yml says how nodes are run. Retries of flow runs are Prefect's settings"
+        remedy = "PREFECT_FLOW_DEFAULT_RETRIES and PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS"
+        raise ClickException(f"{problem} {remedy}, in job variables or where the flow runs.")
     shape, section = dict(_SHAPE), found.get("task_runner", {})
     kind = section.get("type", "threads") if isinstance(section, dict) else "threads"
     if kind == "dask":  # which checks what else there is
         shape["task_runner"] = _SHAPE["task_runner"] | {str: object}
     _check("", found, shape)
-    config = _Config(**{"flow": {}, "task_runner": {}, "tasks": {}, **found})
+    config = _Config(**{"task_runner": {}, "tasks": {}, **found})
     if kind not in (kinds := ("threads", "processes", "dask")):
         raise _unknown(f"prefect.yml: task_runner.type is '{kind}'.", kind, kinds, "types")
     with _project_errors("Reading task_runner in prefect.yml"):
         PrefectRunner(max_workers=section.get("max_workers"))
-    if kind != "threads" or config.checkpoints:
-        what = "checkpoints" if config.checkpoints else f"task_runner.type {kind}"
-        _need(f"prefect.yml: {what}", **_ENGINES_NEED)
+    if kind != "threads" or config.checkpoints or options["checkpoints"]:
+        what = "checkpoints" if kind == "threads" else f"task_runner.type {kind}"
+        _need_engines(f"prefect.yml: {what}")
     for name, task_options in config.tasks.items():
         if "resources" in task_options and kind != "dask":
             problem = f"prefect.yml: tasks.{name}.resources are for Dask"
@@ -731,12 +750,12 @@ def _check_task_names(tasks: Iterable[str]) -> None:
         raise _unknown(problem, name, known, "names")
 
 
-# ---- Pictures and artifacts: what Prefect's UI shows of a pipeline and of a run ----
+# ---- Pictures and artifacts: what Prefect's UI shows of a pipeline and of its datasets ----
 
-_COLOURS = {  # of boxes, by how it went
-    "failed": "#b91c1c", "not run": "#6b7280", "resumed": "#1d4ed8", "completed": "#15803d",
-    "": "#334155",
-}  # fmt: skip
+# In a description of ours, and invisible there: one without this line is somebody's own.
+_MARKER = (
+    "[register_prefect_flow.py]: # (written anew by each registering; to keep it, remove this line)"
+)
 
 
 def _plain(text: str) -> str:
@@ -746,7 +765,7 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
 
 
-def _draw(pipeline: Pipeline, states: dict[str, str]) -> str:
+def _draw(pipeline: Pipeline) -> str:
     """Draw a pipeline as SVG: layers from left to right, and what needs what."""
     layers, needed = pipeline.grouped_nodes, pipeline.node_dependencies
     height, left = 36 * max(map(len, layers), default=0), 4
@@ -761,10 +780,9 @@ def _draw(pipeline: Pipeline, states: dict[str, str]) -> str:
         for row, node in enumerate(ordered):
             y = 36 * row + 18 + (height - 36 * len(layer)) / 2
             place[node] = left + width, y
-            colour = _COLOURS.get(states.get(node.name, ""), _COLOURS["failed"])
             boxes.append(
                 f'<g><title>{html.escape(node.name)}</title><rect x="{left}" y="{y - 14:g}"'
-                f' width="{width}" height="28" rx="5" fill="{colour}"/>'
+                f' width="{width}" height="28" rx="5" fill="#334155"/>'
                 f'<text x="{left + width / 2:g}" y="{y + 4.5:g}">'
                 f"{html.escape(shown[node])}</text></g>"
             )
@@ -781,11 +799,11 @@ def _draw(pipeline: Pipeline, states: dict[str, str]) -> str:
     )
 
 
-def _picture(pipeline: Pipeline, states: dict[str, str]) -> str:
+def _picture(pipeline: Pipeline) -> str:
     """Return the drawing in Markdown."""
     if len(pipeline.nodes) > NODES_DRAWN:
         return f"{len(pipeline.nodes)} nodes, which are too many to draw."
-    drawn = base64.b64encode(_draw(pipeline, states).encode()).decode()
+    drawn = base64.b64encode(_draw(pipeline).encode()).decode()
     return f"![the pipeline](data:image/svg+xml;base64,{drawn})"
 
 
@@ -795,53 +813,43 @@ def _table(head: Iterable[str], *rows: Iterable[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _reads_and_writes(node: Node) -> str:
-    return "<br>".join([*map(_plain, node.inputs), *(f"\u2192 {_plain(n)}" for n in node.outputs)])
+def _without_secrets(options: Options) -> Options:
+    """Return the options of a run as they may be shown: no runtime values, no passwords in URLs."""
+    params = ", ".join(options.get("runtime_params", ()))
+    shown = options | ({"runtime_params": params} if params else {})
+    return {name: _without_password(str(value)) for name, value in shown.items()}
+
+
+def _without_password(text: str) -> str:
+    """Leave out who a URL says that asks."""
+    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+
+
+def _list_layers(pipeline: Pipeline, tasks: dict[str, Options]) -> list[str]:
+    """List the execution layers: what each node reads and writes, and the options of its task."""
+    lines = []
+    for number, layer in enumerate(pipeline.grouped_nodes, start=1):
+        lines.append(f"Layer {number}")
+        for node in layer:
+            about = _task_options(node, tasks) or ""
+            reads, writes = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
+            lines.append(f"  {node.name}: {reads} -> {writes}  {about}".rstrip())
+    return lines
 
 
 def _describe(pipeline: Pipeline, options: Options) -> str:
-    """Account for a pipeline in Markdown, without values that may be secret."""
-    shown = options | {"runtime_params": ", ".join(options.get("runtime_params", ()))}
-    rows = [
-        (str(number), _plain(node.name), _reads_and_writes(node))
-        for number, layer in enumerate(pipeline.grouped_nodes, start=1)
-        for node in layer
-    ]
-    table = _table(("layer", "node", "reads \u2192 writes"), *rows)
-    parts = [f"- {name}: {_plain(str(shown[name]))}" for name in options]
-    return _sign("\n".join([*parts, f"\n{_picture(pipeline, {})}\n", table]))
-
-
-def _sign(text: str) -> str:
-    """Add a line that nobody sees: it tells a description of ours from one that was edited."""
-    digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
-    return f"{text}\n\n[register_prefect_flow.py]: # ({digest})"
-
-
-def _package_key() -> str:
-    return re.sub(r"[^a-z0-9]+", "-", _flow_name().lower()).strip("-")
+    """Describe what a deployment runs in Markdown."""
+    lines = [f"- {name}: {_plain(text)}" for name, text in _without_secrets(options).items()]
+    layers = textwrap.indent("\n".join(_list_layers(pipeline, {})), " " * 4)
+    return "\n".join([*lines, f"\n{_picture(pipeline)}\n", layers, f"\n{_MARKER}"])
 
 
 def _artifact_key(name: str) -> str:
     """Return the key of an artifact of this project: it may hold a-z, 0-9 and hyphens only."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if slug != name or "-" in name or name == "run":  # so that no two are the same
+    package, slug = (re.sub(r"[^a-z0-9]+", "-", n.lower()).strip("-") for n in (_flow_name(), name))
+    if slug != name or "-" in name:  # so that no two are the same
         slug = f"{slug[:50]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
-    return f"{_package_key()}-{slug}"
-
-
-def _show(what: str, key: str, make: Callable[[], str]) -> None:
-    """Add Markdown to the flow run or task run that goes on here; what goes wrong is a warning."""
-
-    async def create(text: str) -> None:
-        created: Any = create_markdown_artifact(text, key=key)
-        if inspect.isawaitable(created):  # in Prefect 2 it is done by now
-            await created
-
-    try:
-        _call_api(create(make()), SERVER_TIMEOUT)
-    except Exception as error:
-        logging.getLogger("kedro").warning("No %s in Prefect: %r", what, error)
+    return f"{package}-{slug}"
 
 
 def _render(name: str, dataset: Any, arguments: Options) -> str:
@@ -870,28 +878,21 @@ def _show_previews(node: Node, catalog: Any) -> None:
         dataset = _inner(_get_dataset(catalog, name))
         about = getattr(dataset, "metadata", None)
         about = about.get("prefect") if isinstance(about, dict) else None
-        if isinstance(about, dict) and about.get("preview"):
-            make = functools.partial(_render, name, dataset, about.get("preview_args") or {})
-            _show(f"preview of '{name}'", _artifact_key(name), make)
+        if not isinstance(about, dict) or not about.get("preview"):
+            continue
+        try:
+            text = _render(name, dataset, about.get("preview_args") or {})
+            _call_api(_create_artifact(text, _artifact_key(name)), SERVER_TIMEOUT)
+        except Exception as error:
+            logger = logging.getLogger("kedro")
+            logger.warning("No preview of '%s' in Prefect: %r", name, error)
 
 
-def _describe_run(nodes: Pipeline, records: Any, error: BaseException | None, advice: str) -> str:
-    """Account for a run in Markdown."""
-    parts = [f"## {_plain(runtime.flow_run.name)} has {'failed' if error else 'completed'}\n"]
-    if error:
-        text = f"{type(error).__name__}: {_text_of(error)[:TEXT_SHOWN]}\n"
-        parts.append(textwrap.indent(text, " " * 4))
-    if advice:
-        parts.append(f"How to go on:\n\n{textwrap.indent(advice, ' ' * 4)}\n")
-    states = {node.name: records[node.name].state for node in nodes.nodes}
-    counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
-    drawn = _picture(nodes, states) if states else ""
-    parts += [f"{len(states)} nodes: {counts or 'none was run'}\n", f"{drawn}\n"]
-    rows = [("node", "state", "seconds", "reads \u2192 writes")]
-    for node in nodes.nodes:
-        seconds = f"{records[node.name].seconds:.1f}"
-        rows.append((_plain(node.name), states[node.name], seconds, _reads_and_writes(node)))
-    return "\n".join([*parts, _table(*rows)])
+async def _create_artifact(text: str, key: str) -> None:
+    """Add Markdown to the task run that goes on here."""
+    created: Any = create_markdown_artifact(text, key=key)
+    if inspect.isawaitable(created):  # in Prefect 2 it is done by now
+        await created
 
 
 # ---- Checkpoints: what nodes hand on to others, in files of a flow run ----
@@ -951,31 +952,39 @@ def _place_checkpoints(config: _Config, options: Options) -> Options:
     return place
 
 
-def _add_checkpoints(
-    catalog: Any, pipeline: Pipeline, checkpoint: Any, kept: Iterable[str], cache: bool
-) -> None:
-    """Let what nodes write be in files as well, or instead of, in memory, but for what is kept."""
-    for node in pipeline.nodes:
-        for name in set(node.outputs).difference(kept):
-            dataset = _get_dataset(catalog, name)
-            if _is_in_memory(_inner(dataset)):
-                made = checkpoint(name, node.name)
-                mode = getattr(dataset, "_copy_mode", None)
-                made = kedro_io.CachedDataset(made, copy_mode=mode) if cache else made
-                _set_dataset(catalog, name, made)
+@dataclass
+class _Checkpoints:
+    """Those of one flow run, in a folder of its own."""
 
+    folder: str  # or URL
+    credentials: Options
 
-def _end_checkpoints(completed: bool, folder: str, credentials: Options) -> None:
-    """Remove those of a flow run that has completed; say where those of a failed one are."""
-    log, fsspec = get_run_logger(), importlib.import_module("fsspec.core")
-    try:
-        files, path = fsspec.url_to_fs(folder, **credentials)
-        if completed and files.exists(path):
-            files.rm(path, recursive=True)
-        elif files.exists(path):
-            log.info("Checkpoints for a retry: %s", folder)
-    except Exception as error:
-        log.warning("Checkpoints in %s: %s", folder, error)
+    def make(self, name: str, node: str = "") -> _Checkpoint:
+        """Return the one of a dataset, which the node makes."""
+        return _Checkpoint(self.folder, self.credentials, name, node)
+
+    def add_to(self, catalog: Any, pipeline: Pipeline, kept: Iterable[str], cache: bool) -> None:
+        """Let what nodes write be in files as well as in memory, or instead; but what is kept."""
+        for node in pipeline.nodes:
+            for name in set(node.outputs).difference(kept):
+                dataset = _get_dataset(catalog, name)
+                if _is_in_memory(_inner(dataset)):
+                    made: Any = self.make(name, node.name)
+                    mode = getattr(dataset, "_copy_mode", None)
+                    made = kedro_io.CachedDataset(made, copy_mode=mode) if cache else made
+                    _set_dataset(catalog, name, made)
+
+    def end(self, completed: bool) -> None:
+        """Remove those of a flow run that has completed; say where those of a failed one are."""
+        log, fsspec = get_run_logger(), importlib.import_module("fsspec.core")
+        try:
+            files, path = fsspec.url_to_fs(self.folder, **self.credentials)
+            if completed and files.exists(path):
+                files.rm(path, recursive=True)
+            elif files.exists(path):
+                log.info("Checkpoints for a retry: %s", self.folder)
+        except Exception as error:
+            log.warning("Checkpoints in %s: %s", self.folder, error)
 
 
 # ---- Nodes as tasks ----
@@ -983,12 +992,10 @@ def _end_checkpoints(completed: bool, folder: str, credentials: Options) -> None
 
 @dataclass
 class _Record:
-    """How it went with the task of a node."""
+    """What is known of the task of a node."""
 
-    state: str = "not run"
-    seconds: float = 0
     attempts: int = 0
-    error: BaseException | None = None
+    error: BaseException | None = None  # of the last attempt
 
 
 class _Run(NamedTuple):
@@ -997,12 +1004,29 @@ class _Run(NamedTuple):
     nodes: dict[str, Node]
     catalog: Any
     records: dict[str, _Record]  # by node name
-    run_node: Callable[[Node], None]  # here, in the flow's thread, or in a child
+    executor: "_InProcess | _InChildren"
     has_previews: bool = False
 
 
 # Those that go on in this process, by the key that tasks are given: Prefect walks what it is given.
 _runs: dict[str, _Run] = {}
+
+
+class _InProcess(NamedTuple):
+    """Runs nodes in this process, each in the thread of its task."""
+
+    catalog: Any
+    hook_manager: Any
+    is_async: bool
+    run_id: str | None
+
+    def run(self, node: Node, record: _Record) -> None:
+        """Run a node as Kedro does."""
+        del record
+        _run_node(node, self.catalog, self.hook_manager, self.is_async, self.run_id)
+
+    def close(self) -> None:
+        """Do nothing: what a thread does cannot be ended."""
 
 
 def _spell(value: Any) -> str:
@@ -1028,7 +1052,8 @@ def _where(name: str, dataset: Any | None) -> str:
         return "parameters"
     if dataset is None:
         return "memory, released after its last reader"
-    about = dataset._describe() or {}
+    about = dataset._describe()
+    about = about if isinstance(about, dict) else {}  # some return a text
     filepath, protocol = about.get("filepath", ""), about.get("protocol", "file")
     prefix = "" if protocol == "file" else f"{protocol}://"
     return f"{type(dataset).__name__} {prefix}{filepath}".rstrip()
@@ -1038,10 +1063,10 @@ def _task_key(node: Node, catalog: Any, run: str) -> str:
     """Identify what a node does in a run: it tells a retried flow run what need not run again."""
     parameters = list(filter(_is_parameter, node.inputs))
     found: Any = {name: _get_dataset(catalog, name) for name in (*parameters, *node.outputs)}
-    values = {name: found[name].load() for name in parameters if found[name]}
+    values = {name: found[name].load() for name in parameters if found[name] is not None}
     lasting = [name for name in node.outputs if not _is_in_memory(found[name])]
-    digest = _digest(values, {name: _where(name, found[name]) for name in lasting})
-    return f"node/{run}/{digest}/{node.name}"
+    places = {name: _where(name, found[name]) for name in lasting}
+    return f"node/{run}/{_digest(node.inputs, node.outputs, values, places)}/{node.name}"
 
 
 def _writable(text: str) -> str:
@@ -1060,13 +1085,16 @@ def _stand_in(module: str, name: str, text: str) -> Exception:
     return cast("Exception", type(name, (Exception,), {"__module__": module})(text))
 
 
-def _bearable(error: Exception) -> Exception:
-    """Return what Prefect can print and store of an exception: it does so several times.
+def _bearable(error: BaseException) -> Exception:
+    """Return what Prefect can print and store of an exception, and end a task with.
 
-    It fails where a text is no Unicode, and a long one is too much.
+    It fails where a text is no Unicode, and a long one is too much. What is no Exception would be
+    the end of more than the task, and Prefect 2 waits for ever after a StopIteration.
     """
     whole, text = "".join(traceback.format_exception(error)), _text_of(error)
-    if len(text) <= TEXT_SHOWN and len(whole) <= LOG_SHOWN and whole == _writable(whole):
+    is_short = len(text) <= TEXT_SHOWN and len(whole) <= LOG_SHOWN and whole == _writable(whole)
+    is_odd = isinstance(error, (StopIteration, StopAsyncIteration))
+    if isinstance(error, Exception) and is_short and not is_odd:
         return error
     shown = text[:TEXT_SHOWN] + f"... (cut: {len(text)} characters)" * (len(text) > TEXT_SHOWN)
     made = _stand_in(type(error).__module__, type(error).__name__, shown)
@@ -1084,29 +1112,35 @@ def _remove_versions(node: Node, catalog: Any) -> None:
                 dataset.release()  # it remembers versions
 
 
+def _is_of_prefect(error: BaseException) -> bool:
+    """Tell whether Prefect has raised it to stop a task: a timeout, a suspended flow run."""
+    return type(error).__module__.partition(".")[0] == "prefect"
+
+
 def kedro_task(node_name: str, run_key: str) -> None:
     """Run one node of a run as Kedro does: load, run, save, with its hooks."""
     run = _runs[run_key]
     node, record = run.nodes[node_name], run.records[node_name]
-    record.attempts += 1
-    start = time.monotonic()
+    record.attempts, record.error = record.attempts + 1, None
     try:
         if record.attempts > 1:
             _remove_versions(node, run.catalog)
-        run.run_node(node)
-    except SystemExit as ended:  # a failure of this node, and no end of anything else
-        record.error = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(ended)})")
-        raise record.error from ended
+        run.executor.run(node, record)
     except KeyboardInterrupt as error:
         record.error = error
         raise
-    except Exception as error:
-        record.error = _bearable(error)
-        if record.error is error:
+    except SystemExit as ended:  # a failure of this node, and no end of anything else
+        record.error = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(ended)})")
+        raise record.error from ended
+    except BaseException as error:
+        if _is_of_prefect(error):
             raise
-        raise record.error from None
-    finally:
-        record.seconds = time.monotonic() - start
+        bearable = _bearable(error)
+        # Kedro's hooks get what is no Exception as it is: they are not told of it.
+        record.error = bearable if isinstance(error, Exception) else error
+        if bearable is error:
+            raise
+        raise bearable from None
     if run.has_previews:
         _show_previews(node, run.catalog)
 
@@ -1136,14 +1170,17 @@ def init_kedro_tasks_by_execution_layer(
 # has started end together. Dask says which machine has room for one.
 
 _TOPIC = "kedro"  # under which Dask's workers send them
+_PARAMETERS = "params:"  # the checkpoint that hands their values on; no dataset has this name
 # Nothing but messages may come out of a child's stdout, and nothing but jobs into its stdin.
 _CHILD = """
-import os
+import importlib.util, os, sys
 jobs, out = os.dup(0), os.dup(1)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.dup2(2, 1)
-import register_prefect_flow
-register_prefect_flow._be_child(jobs, out)
+spec = importlib.util.spec_from_file_location("register_prefect_flow", sys.argv[1])
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module._be_child(jobs, out)
 """
 
 
@@ -1157,7 +1194,7 @@ def _same_everywhere(metadata: ProjectMetadata) -> str:
 
 def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     """Open the project in a child: configuration, catalog and hooks as in the flow."""
-    metadata = _bootstrap(PROJECT_PATH)
+    metadata = _bootstrap()
     # All log records, at the levels that the project sets; handlers are the flow's.
     put = SimpleNamespace(put_nowait=lambda record: say("log", pickle.dumps(record)))
     handler = logging.handlers.QueueHandler(cast("Any", put))
@@ -1169,22 +1206,20 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
         remedy = "Update them there; if the code has just been changed, start the run again."
         problem = f"The code of {PROJECT_PATH} on {here} are not those of the flow"
         raise RuntimeError(f"{problem}. {remedy}")
-    options, session_id = job["options"], job["session_id"]
-    session, context, pipeline = _open(options, _pipeline_names(options))
-    _adopt_session_id(session, session_id)
-    catalog = _load_catalog(session, context, options)
+    options, run_id = job["options"], job["run_id"]
+    session, context, pipeline = _open_project(options, _pipeline_names(options))
+    catalog = _load_catalog(context, options, run_id)
     credentials = _read_credentials(session, options, job["credentials"])
-    checkpoint = functools.partial(_Checkpoint, job["folder"], credentials)
-    _add_checkpoints(catalog, pipeline, checkpoint, kept=(), cache=False)
+    checkpoints = _Checkpoints(job["folder"], credentials)
+    checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
     for name in job["handed_on"]:
-        _set_dataset(catalog, name, checkpoint(name))
-    _pin_versions(catalog, pipeline, session_id)
-
-    def run_node(node: Node) -> None:
-        _run_node(node, catalog, session._hook_manager, job["is_async"], session_id)
-
+        _set_dataset(catalog, name, checkpoints.make(name))
+    for name, value in checkpoints.make(_PARAMETERS).load().items():
+        _set_dataset(catalog, name, kedro_io.MemoryDataset(value))
+    _pin_versions(catalog, pipeline, run_id)
     nodes = {node.name: node for node in pipeline.nodes}
-    return _Run(nodes, catalog, {name: _Record() for name in nodes}, run_node)
+    executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id)
+    return _Run(nodes, catalog, {name: _Record() for name in nodes}, executor)
 
 
 def _pack_error(error: BaseException, with_object: bool) -> bytes:
@@ -1251,41 +1286,11 @@ def _end_group(leader: int) -> None:
             os.kill(leader, signal.SIGTERM)  # which ends it at once there
 
 
-# Ends what a process has started when that is gone: what has its mark or, as a fork, its pipe.
-_GUARD = """
-import os, signal, sys, time
-parent, mark, pipe = int(sys.argv[1]), sys.argv[2].encode(), os.readlink("/proc/self/fd/0")
-while os.getppid() == parent:
-    time.sleep(0.5)
-for pid in {*filter(str.isdigit, os.listdir("/proc"))} - {str(os.getpid())}:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as environ:
-            marked = mark in environ.read().split(b"\\0")
-        files = f"/proc/{pid}/fd"
-        if marked or pipe in [os.readlink(f"{files}/{file}") for file in os.listdir(files)]:
-            os.kill(int(pid), signal.SIGKILL)
-    except OSError:  # it belongs to somebody else, or has ended
-        pass
-"""
-
-
-@functools.cache  # once in a process
-def _guard_what_nodes_start() -> Any:
-    """Have what nodes start end with this process, however that ends; on Linux only."""
-    if sys.platform != "linux":
-        return None
-    os.environ["KEDRO_FLOW_PROCESS"] = uuid.uuid4().hex
-    mark = f"KEDRO_FLOW_PROCESS={os.environ['KEDRO_FLOW_PROCESS']}"
-    command, null = [sys.executable, "-ISc", _GUARD, str(os.getpid()), mark], subprocess.DEVNULL
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": null, "stderr": null}
-    return subprocess.Popen(command, cwd="/", start_new_session=True, **pipes)
-
-
 class _Child:
     """A child, as whoever started it sees it."""
 
     def __init__(self, script: str) -> None:
-        command, pipes = [sys.executable, "-uc", _CHILD], ("stdin", "stdout")
+        command, pipes = [sys.executable, "-uc", _CHILD, script], ("stdin", "stdout")
         how: Any = {"cwd": Path(script).parent, **dict.fromkeys(pipes, subprocess.PIPE)}
         self.process: Any = subprocess.Popen(command, start_new_session=True, **how)
         self.messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
@@ -1459,6 +1464,24 @@ class _Dask:
         self._stack.close()
 
 
+class _InChildren(NamedTuple):
+    """Runs nodes in children."""
+
+    engine: Any
+    job: Options  # what is the same for all nodes
+    task_options: dict[str, Options]
+
+    def run(self, node: Node, record: _Record) -> None:
+        """Run a node where the engine has room for it."""
+        resources = _task_options(node, self.task_options).get("resources", {})
+        job = {**self.job, "node": node.name, "attempts": record.attempts - 1}
+        _run_in_child(self.engine, job, resources)
+
+    def close(self) -> None:
+        """End all children, and what they are doing."""
+        self.engine.close()
+
+
 def _run_in_child(engine: Any, job: Options, resources: Options) -> None:
     """Run a node on an engine; what it logs there, it logs here."""
     with closing(engine.run(job, resources)) as messages:
@@ -1479,30 +1502,38 @@ def _run_in_child(engine: Any, job: Options, resources: Options) -> None:
 # ---- PrefectRunner ----
 
 
+@dataclass
+class _FlowRun:
+    """What a flow run of this file gives its runner."""
+
+    run_id: str = ""  # of Kedro: the version of what is saved, in all attempts
+    options_key: str = ""  # of the options of the run: with others, all nodes run again
+    earlier: dict[str, Any] = field(default_factory=dict)  # by node, its last task run before
+    can_resume: bool = True
+    has_previews: bool = False
+    checkpoints: _Checkpoints | None = None
+    make_engine: Callable[[], Any] | None = None
+    job: Options = field(default_factory=dict)  # what children are told of the run
+    loading: ExitStack = field(default_factory=ExitStack)  # held until Kedro has loaded the project
+
+
 # Task runs that were started, by flow run: Prefect 3 records them late, and who asks must know.
 _started: Counter[str] = Counter()
 
 
-@contextmanager
-def _terminal_progress(nodes: int) -> Iterator[Callable[[], None]]:
-    """Show on a terminal, below the log lines, how many nodes have completed; yield a counter."""
-    from rich import get_console, progress
-
-    console = get_console()  # that of Kedro's log handler; Prefect's have to move the line as well
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
-    handlers: set[Any] = {h for logger in loggers for h in logger.handlers if hasattr(h, "console")}
-    before = {handler: handler.console for handler in handlers if console.is_terminal}
-    for handler in before:
-        handler.console = console
-    columns = (progress.BarColumn(), "{task.completed} of {task.total} nodes completed")
-    is_off = not console.is_terminal
-    try:
-        with progress.Progress(*columns, console=console, transient=True, disable=is_off) as shown:
-            bar = shown.add_task("", total=nodes)
-            yield lambda: shown.advance(bar)
-    finally:
-        for handler, own in before.items():
-            handler.console = own
+def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> list[str]:
+    """Put parameters, and what hooks have put in memory, into checkpoints; name the latter."""
+    values, names = {}, []
+    for name in sorted(pipeline.inputs()):
+        dataset: Any = _get_dataset(catalog, name)
+        if _is_in_memory(_inner(dataset)) and dataset.exists():
+            if _is_parameter(name):
+                values[name] = dataset.load()
+            else:
+                checkpoints.make(name).save(dataset.load())
+                names.append(name)
+    checkpoints.make(_PARAMETERS).save(values)
+    return names
 
 
 def _longest_path_first(pipeline: Pipeline) -> list[Node]:
@@ -1515,48 +1546,37 @@ def _longest_path_first(pipeline: Pipeline) -> list[Node]:
 
 
 def _schedule(
-    pipeline: Pipeline, start: Callable[..., None], max_workers: int, ended: queue.SimpleQueue[Any]
+    pipeline: Pipeline, start: Callable[..., None], max_workers: int
 ) -> Iterator[tuple[Node, Any]]:
     """Start each node when those it needs have ended, and yield it with its state at its end."""
     # One behind a failed one is started as well: Prefect shows it as NotReady, and does not run it.
-    # The queue takes nodes with their states, and what this thread is to call.
     nodes = pipeline.nodes if max_workers == 1 else _longest_path_first(pipeline)
     position = {node: index for index, node in enumerate(nodes)}
     sorter = TopologicalSorter(needed := pipeline.node_dependencies)
     sorter.prepare()
     ready: list[int] = []  # a heap of positions
+    ended: queue.SimpleQueue[tuple[Node, Any]] = queue.SimpleQueue()
     states, running = cast("dict[Node, Any]", {}), 0
+    stopped: BaseException | None = None
     while sorter.is_active():
         for node in sorter.get_ready():
             heapq.heappush(ready, position[node])
-        while ready and running < max_workers:
+        while ready and running < max_workers and stopped is None:
             node, running = nodes[heapq.heappop(ready)], running + 1
-            start(node, [states[other] for other in needed[node]])
-        while callable(event := ended.get()):
-            event()
-        node, states[node] = event
+            start(node, [states[n] for n in needed[node]], lambda end, n=node: ended.put((n, end)))
+        if not running and stopped is not None:
+            raise stopped
+        node, end = ended.get()
         running -= 1
+        if isinstance(end, KeyboardInterrupt):
+            raise end
+        if isinstance(end, BaseException):
+            # Prefect has stopped the run: nodes that run are waited for, and no other starts.
+            stopped = end if stopped is None else stopped
+            continue
+        states[node] = end
         sorter.done(node)
-        yield node, states[node]
-
-
-def _call_in_another_thread(
-    calls: queue.SimpleQueue[Any], function: Any, tasks: dict[Node, Any], node: Node
-) -> None:
-    """Have the thread that reads the queue do what this one would do, and wait for it."""
-    if tasks[node].timeout_seconds:  # Prefect 2 can stop a node in its task's own thread only
-        function(node)
-        return
-    done, context = cast("Future[None]", Future()), contextvars.copy_context()
-
-    def call() -> None:
-        try:
-            done.set_result(context.run(function, node))
-        except BaseException as error:
-            done.set_exception(error)
-
-    calls.put(call)
-    done.result()
+        yield node, end
 
 
 class PrefectRunner(SequentialRunner):
@@ -1583,25 +1603,16 @@ class PrefectRunner(SequentialRunner):
         is_async: bool = False,
         max_workers: int | None = None,
         task_options: dict[str, Options] | None = None,
+        _flow_run: _FlowRun | None = None,
     ) -> None:
         super().__init__(is_async=is_async)
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}, and has to be 1 or more")
         self._max_workers = max_workers
         self._task_options = task_options or {}
-        # What a flow run adds, and what is known after a run.
-        self._make_engine: Callable[[], Any] | None = None
-        self._job: Options = {}  # what children are told of the run
-        self._checkpoint: Any = None  # makes one
-        self._has_artifacts = False
-        self._resume = True
-        self._fingerprint = ""  # of pipeline and options
-        self._resumed: dict[Node, Any] = {}  # what need not run: the task run that completed
-        self._keys: dict[str, str] = {}  # of nodes, before hooks have changed the catalog
-        self._before: dict[str, str] = {}  # digests of parameters, likewise
-        self._outputs: dict[str, str] = {}  # where each lives
-        self._nodes, self._records = Pipeline([]), cast("dict[str, _Record]", {})
-        self._suggestion = ""  # of Kedro, how to go on after a failure
+        self._flow_run = _flow_run or _FlowRun()
+        self.outputs: dict[str, str] = {}  # where each lives, after a run
+        self.failure: BaseException | None = None  # of the node that failed first
 
     @property
     def _logger(self) -> logging.Logger:
@@ -1612,113 +1623,98 @@ class PrefectRunner(SequentialRunner):
         self, pipeline: Pipeline, catalog: Any, hook_manager: Any = None, run_id: str | None = None
     ) -> None:
         """Run the nodes, and raise the exception of the first one that failed."""
+        self._flow_run.loading.close()
+        checkpoints = self._flow_run.checkpoints
         if run_id:
             _pin_versions(catalog, pipeline, run_id)
-        self._prepare(catalog, pipeline, run_id)
-        done, self._records = self._resumed, {node.name: _Record() for node in pipeline.nodes}
-        for node, task_run in done.items():
-            self._records[node.name] = _Record("resumed", task_run.total_run_time.total_seconds())
-        self._nodes = Pipeline([*done, *pipeline.nodes])
-
-        def here(node: Node) -> None:
-            _run_node(node, catalog, hook_manager, self._is_async, run_id)
-
-        if self._make_engine and self._checkpoint:
-            handed_on = self._hand_on(catalog, pipeline)
-            about = {"session_id": run_id, "is_async": self._is_async, "handed_on": handed_on}
-            with closing(self._make_engine()) as engine:
-
-                def there(node: Node) -> None:
-                    attempts = self._records[node.name].attempts - 1  # before this one
-                    resources = _task_options(node, self._task_options).get("resources", {})
-                    job = {**self._job, **about, "node": node.name, "attempts": attempts}
-                    _run_in_child(engine, job, resources)
-
-                self._run_tasks(pipeline, catalog, there, engine)
-            for name in pipeline.outputs():
-                dataset: Any = _get_dataset(catalog, name)
-                if _is_in_memory(_inner(dataset)):  # what a run returns, as `kedro run` does
-                    dataset.save(self._checkpoint(name).load())
-        else:
-            self._run_tasks(pipeline, catalog, here, None)
-        outputs = sorted(self._nodes.outputs())
-        self._outputs = {name: _where(name, _get_dataset(catalog, name)) for name in outputs}
-
-    def _prepare(self, catalog: Any, pipeline: Pipeline, session_id: str | None) -> None:
-        """Let what nodes hand on be in checkpoints; identify what they do, as long as unchanged."""
-        if self._checkpoint:
+        if checkpoints:
             # To Kedro, a cache is in memory: `kedro run`, as it advises, would not find the file.
-            _add_checkpoints(catalog, pipeline, self._checkpoint, pipeline.outputs(), cache=True)
-        if not self._keys:
-            run = f"{self._fingerprint}/{session_id}"
-            self._keys = {node.name: _task_key(node, catalog, run) for node in pipeline.nodes}
-            for name in filter(_is_parameter, pipeline.inputs()):
-                if (dataset := _get_dataset(catalog, name)) is not None:
-                    self._before[name] = _digest(dataset.load())
+            checkpoints.add_to(catalog, pipeline, pipeline.outputs(), cache=True)
+        run = f"{self._flow_run.options_key}/{run_id}"
+        keys = {node: _task_key(node, catalog, run) for node in pipeline.nodes}
+        resumed: dict[Node, Any] = {}
+        if self._flow_run.earlier:
+            get_run_logger().info("Resuming session %s", run_id)
+            resumed = _resume(pipeline, catalog, keys, self._flow_run.earlier)
+        left = Pipeline([node for node in pipeline.nodes if node not in resumed])
+        executor: _InProcess | _InChildren
+        if self._flow_run.make_engine:
+            job = self._flow_run.job | {"run_id": run_id, "is_async": self._is_async}
+            job["handed_on"] = _hand_on(catalog, left, cast("_Checkpoints", checkpoints))
+            executor = _InChildren(self._flow_run.make_engine(), job, self._task_options)
+        else:
+            executor = _InProcess(catalog, hook_manager, self._is_async, run_id)
+        with closing(executor):
+            self._run_tasks(left, catalog, executor, keys, resumed)
+        for name in sorted(pipeline.outputs()):
+            dataset = _get_dataset(catalog, name)
+            self.outputs[name] = _where(name, dataset)
+            # What a run returns, as `kedro run` does.
+            if isinstance(executor, _InChildren) and _is_in_memory(_inner(dataset)):
+                cast("Any", dataset).save(cast("Any", checkpoints).make(name).load())
+            elif name not in left.all_outputs() and _is_in_memory(dataset):
+                _give_up(catalog, name)  # an earlier attempt has made it
 
-    def _hand_on(self, catalog: Any, pipeline: Pipeline) -> list[str]:
-        """Put what hooks have put in memory, or changed there, into checkpoints."""
-        names = []
-        for name in sorted(pipeline.inputs()):
-            dataset: Any = _get_dataset(catalog, name)
-            if _is_in_memory(_inner(dataset)) and dataset.exists():
-                value = dataset.load()
-                if self._before.get(name) != _digest(value):
-                    self._checkpoint(name).save(value)
-                    names.append(name)
-        return names
-
-    def _run_tasks(self, pipeline: Pipeline, catalog: Any, run_node: Any, engine: Any) -> None:
+    def _run_tasks(
+        self,
+        pipeline: Pipeline,
+        catalog: Any,
+        executor: "_InProcess | _InChildren",
+        keys: dict[Node, str],
+        resumed: dict[Node, Any],
+    ) -> None:
         """Make the tasks, and run them in the order of their needs."""
-        key = uuid.uuid4().hex
-        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        layers = init_kedro_tasks_by_execution_layer(pipeline, key, self._task_options)
+        run_key = uuid.uuid4().hex
+        layers = init_kedro_tasks_by_execution_layer(pipeline, run_key, self._task_options)
         tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
         for node, node_task in tasks.items():
-            node_task.task_key = self._keys[node.name]
-        by_default = engine.size if engine else _THREADS and _THREADS.value()
-        max_workers = self._max_workers or by_default or 1
-        widest = max(map(len, layers), default=0)
-        if widest > 1 == max_workers != self._max_workers:
-            where = "see task_runner in conf/base/prefect.yml, or max_workers of PrefectRunner"
-            advice = "%d nodes run one at a time. Up to %d could run side by side: %s"
-            self._logger.info(advice, len(tasks), widest, where)
-        if max_workers == 1 and _CALLED_IN_THREADS and not engine:
-            run_node = functools.partial(_call_in_another_thread, ended, run_node, tasks)
+            node_task.task_key = keys[node]
         nodes = {node.name: node for node in pipeline.nodes}
-        _runs[key] = _Run(nodes, catalog, self._records, run_node, self._has_artifacts)
-        earlier = {_plain_name(n): run for node, run in self._resumed.items() for n in node.outputs}
+        records = {name: _Record() for name in nodes}
+        _runs[run_key] = _Run(nodes, catalog, records, executor, self._flow_run.has_previews)
+        earlier = {_plain_name(n): run for node, run in resumed.items() for n in node.outputs}
+        max_workers = self._count_workers(executor, len(nodes), max(map(len, layers), default=0))
         try:
-            with _task_runner(max_workers) as submit, _terminal_progress(len(tasks)) as count:
+            with _task_runner(max_workers) as submit:
 
-                def start(node: Node, needed: list[Any]) -> None:
+                def start(node: Node, needed: list[Any], report: Callable[[Any], None]) -> None:
                     names = earlier.keys() & map(_plain_name, node.inputs)
-                    resumed = {earlier[name].id: earlier[name].state for name in names}
+                    before = {earlier[name].id: earlier[name].state for name in names}
                     _started[str(runtime.flow_run.id)] += 1
-                    needed += resumed.values()
-                    submit(tasks[node], needed, lambda state: ended.put((node, state)))
+                    submit(tasks[node], [*needed, *before.values()], report)
 
                 try:
-                    schedule = _schedule(pipeline, start, max_workers, ended)
-                    self._follow(schedule, pipeline, catalog, count)
+                    schedule = _schedule(pipeline, start, max_workers)
+                    self._follow(schedule, pipeline, catalog, records)
                 except BaseException:
-                    if engine:
-                        engine.close()  # or nodes that run would be waited for
+                    executor.close()  # or nodes that run would be waited for
                     raise
         finally:
-            del _runs[key]
+            del _runs[run_key]
 
-    def _follow(self, schedule: Any, pipeline: Pipeline, catalog: Any, count: Any) -> None:
+    def _count_workers(self, executor: "_InProcess | _InChildren", nodes: int, widest: int) -> int:
+        """Return how many nodes may run at once; say so where one may and more could."""
+        size = executor.engine.size if isinstance(executor, _InChildren) else None
+        by_default = size or (_THREADS and _THREADS.value())
+        max_workers: int = self._max_workers or by_default or 1
+        if widest > max_workers == 1 and not self._max_workers:
+            where = "see task_runner in conf/base/prefect.yml, or max_workers of PrefectRunner"
+            advice = "%d nodes run one at a time. Up to %d could run side by side: %s"
+            self._logger.info(advice, nodes, widest, where)
+        return max_workers
+
+    def _follow(
+        self, schedule: Any, pipeline: Pipeline, catalog: Any, records: dict[str, _Record]
+    ) -> None:
         """Do all that follows from a node's end, until all have ended."""
         load_counts = Counter(chain.from_iterable(node.inputs for node in pipeline.nodes))
         kept = pipeline.inputs() | pipeline.outputs()
         done_nodes: list[Node] = []
         failed: list[tuple[Node, Any]] = []
         for node, state in schedule:
-            record = self._records[node.name]
-            if isinstance(record.error, KeyboardInterrupt):
-                raise record.error
-            record.state = "not run" if state.name == "NotReady" else state.name.lower()
+            error = records[node.name].error
+            if isinstance(error, KeyboardInterrupt):
+                raise error
             if not state.is_completed():
                 failed.append((node, state))
                 continue
@@ -1727,27 +1723,16 @@ class PrefectRunner(SequentialRunner):
                 if load_counts[name] < 1:
                     catalog.release(name)
             done_nodes.append(node)
-            count()
             self._logger.info("Completed node: %s", node.name)
             self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(pipeline.nodes))
         if failed:
-            self._suggest(pipeline, done_nodes, catalog)
-            node, state = failed[0]  # it ended first, so it is no node that waited for another
-            problem = f"The task run of node '{node.name}' ended as {state.name}: {state.message}"
-            raise self._records[node.name].error or RuntimeError(problem)
-
-    def _suggest(self, pipeline: Pipeline, done_nodes: list[Node], catalog: Any) -> None:
-        """Log how `kedro run` would go on, and keep it."""
-
-        def keep(record: logging.LogRecord) -> bool:
-            self._suggestion = record.getMessage()
-            return True
-
-        self._logger.addFilter(keep)
-        try:
             self._suggest_resume_scenario(pipeline, done_nodes, catalog)
-        finally:
-            self._logger.removeFilter(keep)
+            node, state = failed[0]  # it ended first, so it is no node that waited for another
+            self.failure = records[node.name].error
+            if self.failure is None:
+                problem = f"The task run of node '{node.name}' ended as {state.name}"
+                self.failure = RuntimeError(f"{problem}: {state.message}")
+            raise self.failure
 
 
 # ---- Resuming: a flow run that is retried goes on where it failed ----
@@ -1783,7 +1768,7 @@ def _is_lost(dataset: Any) -> bool:
 
 
 def _find_what_runs_again(
-    pipeline: Pipeline, catalog: Any, keys: dict[str, str], earlier: dict[str, Any]
+    pipeline: Pipeline, catalog: Any, keys: dict[Node, str], earlier: dict[str, Any]
 ) -> dict[Node, str]:
     """Return the nodes to run, each with the reason: Kedro's resume suggestion, node by node."""
     datasets = {name: _inner(_get_dataset(catalog, name)) for name in pipeline.all_outputs()}
@@ -1792,8 +1777,8 @@ def _find_what_runs_again(
         run, reason = earlier.get(node.name), ""
         if run is None or not run.state.is_completed():
             reason = str(run.state.name) if run else "not run"
-        elif run.task_key != keys[node.name]:
-            reason = "parameters or catalog have changed"
+        elif run.task_key != keys[node]:
+            reason = "its inputs, outputs, parameters or catalog entries have changed"
         elif lost := ", ".join(name for name in node.outputs if _is_lost(datasets[name])):
             reason = f"{lost} is gone"
         if reason or needs[node] & again.keys():
@@ -1810,52 +1795,40 @@ def _find_what_runs_again(
     return again
 
 
-def _find_earlier(runner: PrefectRunner) -> tuple[str, dict[str, Any]]:
-    """Return the session id of earlier attempts, if any, and the last task run of each node."""
+def _find_earlier(options_key: str) -> tuple[str, dict[str, Any]]:
+    """Return the run id of earlier attempts, if any, and the last task run of each node."""
     log, flow_run = get_run_logger(), cast("Any", FlowRunContext.get()).flow_run
-    if flow_run.run_count <= 1 or not runner._resume:
-        return "", {}
+    if flow_run.start_time == flow_run.state.timestamp:
+        return "", {}  # it runs for the first time: one that was suspended has been running, too
     # Of those that this process has started, kedro_init still runs.
     read = _read_task_runs(flow_run.id, expected=_started[str(flow_run.id)] - 1, patience=10)
     runs = [run for run in _call_api(read) if run.task_key.startswith("node/")]
+    if not runs:
+        log.warning("All nodes run again: none has been run")
+        return "", {}
     # By attempt first: clocks can be set back.
     runs.sort(key=lambda run: (run.flow_run_run_count, run.expected_start_time or run.created))
-    _, fingerprint, session_id, *_ = runs[-1].task_key.split("/") if runs else [""] * 3
-    if fingerprint != runner._fingerprint:
-        changed = "parameters or nodes are others than before" if runs else "none has been run"
-        log.warning("All nodes run again: %s", changed)
+    _, last_options_key, run_id, *_ = runs[-1].task_key.split("/")
+    if last_options_key != options_key:
+        log.warning("All nodes run again: the run has other parameters than before")
         return "", {}
-    ours = [run for run in runs if f"/{session_id}/" in run.task_key]
-    return session_id, {run.task_key.split("/", 4)[4]: run for run in ours}
+    ours = [run for run in runs if f"/{run_id}/" in run.task_key]
+    return run_id, {run.task_key.split("/", 4)[4]: run for run in ours}
 
 
-def _resume(opened: _Opened, runner: PrefectRunner, options: Options) -> Options | None:
-    """Leave out what earlier attempts of this flow run have completed; None: that is all."""
-    log, (session_id, last) = get_run_logger(), _find_earlier(runner)
-    session, context, pipeline = opened
-    if session_id:
-        _adopt_session_id(session, session_id)
-    made = _load_catalog(session, context, options)
-    session.load_context = lambda *_, **__: context  # session.run calls no hook a second time
-    context._get_catalog = lambda **_: made
-    # Hooks that session.run calls get the catalog as it is, and what they change is in no key.
-    if not last:
-        with suppress(Exception):  # in session.run Kedro says what is wrong, and calls its hook
-            runner._prepare(_copy_catalog(made), pipeline, session.session_id)
-        return options
-    runner._prepare(made, pipeline, session_id)
-    _pin_versions(made, pipeline, session_id)
-    again = _find_what_runs_again(pipeline, made, runner._keys, last)
+def _resume(
+    pipeline: Pipeline, catalog: Any, keys: dict[Node, str], earlier: dict[str, Any]
+) -> dict[Node, Any]:
+    """Return what earlier attempts of this flow run have completed, each with its task run."""
+    log = get_run_logger()
+    again = _find_what_runs_again(pipeline, catalog, keys, earlier)
     for node in again:
-        _remove_versions(node, made)
-    runner._resumed = {node: last[node.name] for node in pipeline.nodes if node not in again}
-    completed = sum(run.state.is_completed() for run in last.values())
-    counts = f"{completed} of {len(pipeline.nodes)}"
-    log.info("Resuming session %s: %s nodes had completed", session_id, counts)
+        _remove_versions(node, catalog)
+    completed = sum(run.state.is_completed() for run in earlier.values())
+    log.info("%d of %d nodes had completed", completed, len(pipeline.nodes))
     for node in list(again)[:NAMES_SHOWN]:
         log.info("Runs again: %s (%s)", node.name, again[node])
-    names = [node.name for node in pipeline.nodes if node in again]
-    return options | {"node_names": names, "run_id": session_id} if names else None
+    return {node: earlier[node.name] for node in pipeline.nodes if node not in again}
 
 
 # ---- Logs ----
@@ -1866,10 +1839,12 @@ class _RunLogs(APILogHandler):
 
     def __init__(self, flow_run_id: str) -> None:
         super().__init__()
-        self._flow_run_id = flow_run_id
+        self._flow_run_id, self._process = flow_run_id, os.getpid()
 
     def filter(self, record: Any) -> Any:
         """Take a line of this run: several runs may go on in one process."""
+        if os.getpid() != self._process:  # in a fork, Prefect's threads and locks do not work
+            return False
         if not getattr(record, "flow_run_id", None):
             found = runtime.flow_run.id or self._flow_run_id
             record.flow_run_id = str(uuid.UUID(str(found)))  # an agent of Prefect 2 has no hyphens
@@ -1903,101 +1878,113 @@ def _logs_to_prefect() -> Iterator[None]:
 # ---- Flow ----
 
 
-async def _set_retries(retries: int = 0, retry_delay_seconds: int = 0) -> None:
-    """Set what section flow of prefect.yml says; the server decides at the end of the flow run."""
-    policy = (flow_run := cast("Any", FlowRunContext.get()).flow_run).empirical_policy
-    policy.retries, policy.retry_delay = retries, retry_delay_seconds
-    async with get_client() as client:
-        await client.update_flow_run(flow_run.id, empirical_policy=policy)
+def _keep_generator() -> None:
+    """Give Prefect's websockets client a generator of its own, as long as this process lives.
+
+    For each ping, every 20 s, it draws from the module `random`, in another thread: a node that has
+    seeded that would draw other numbers than with `kedro run`.
+    """
+    for name in ("client", "asyncio.connection", "sync.connection", "legacy.protocol"):
+        with suppress(ImportError):  # which of them there are depends on the version
+            module = importlib.import_module(f"websockets.{name}")
+            if getattr(module, "random", None) is random:
+                cast("Any", module).random = random.Random()  # noqa: S311  # as it was
 
 
-def _make_runner(
-    config: _Config, session: Any, nodes: Pipeline, options: Options, metadata: ProjectMetadata
-) -> PrefectRunner:
-    """Make the runner that prefect.yml describes."""
-    section = dict(config.task_runner)
-    kind, resume = section.pop("type", ""), section.pop("resume", True)
-    own = {name: section.pop(name) for name in ("is_async", "max_workers") if name in section}
-    if kind == "threads":  # which asks for nodes side by side
-        by_default = min(32, (os.cpu_count() or 1) + 4)
-        own.setdefault("max_workers", (_THREADS and _THREADS.value()) or by_default)
-    runner = PrefectRunner(**own, task_options=config.tasks)
-    runner._resume, runner._has_artifacts = resume, config.artifacts
-    shape = [[node.name, node.inputs, node.outputs] for node in nodes.nodes]
-    runner._fingerprint = _digest(options, shape)
+def _add_engine(flow_run: _FlowRun, config: _Config, session: Any, options: Options) -> None:
+    """Add the checkpoints and the engine that prefect.yml describes."""
     if (place := _place_checkpoints(config, options)).get("url"):
         folder = f"{place['url'].rstrip('/')}/{runtime.flow_run.id}"
         name = place.get("credentials", "")
-        credentials = _read_credentials(session, options, name)
-        runner._checkpoint = functools.partial(_Checkpoint, folder, credentials)
-        runner._job = {"options": options, "folder": folder, "credentials": name}
-    if kind in ("processes", "dask"):
-        runner._job["same"] = _same_everywhere(metadata)
-        on_dask = functools.partial(_Dask, str(THIS_FILE), section)
+        flow_run.checkpoints = _Checkpoints(folder, _read_credentials(session, options, name))
+        flow_run.job = {"options": options, "folder": folder, "credentials": name}
+    kind = config.task_runner.get("type", "threads")
+    if kind != "threads":
+        flow_run.job["same"] = _same_everywhere(_bootstrap())
+        of_dask = {k: v for k, v in config.task_runner.items() if k not in _SHAPE["task_runner"]}
+        on_dask = functools.partial(_Dask, str(THIS_FILE), of_dask)
         here = functools.partial(_Children, str(THIS_FILE))
-        runner._make_engine = on_dask if kind == "dask" else here
-    return runner
+        flow_run.make_engine = on_dask if kind == "dask" else here
+
+
+def _make_runner(config: _Config, flow_run: _FlowRun) -> PrefectRunner:
+    """Make the runner that prefect.yml describes."""
+    max_workers = config.task_runner.get("max_workers")
+    if config.task_runner.get("type") == "threads" and not max_workers:
+        # It asks for nodes side by side.
+        max_workers = (_THREADS and _THREADS.value()) or min(32, (os.cpu_count() or 1) + 4)
+    is_async = config.task_runner.get("is_async", False)
+    return PrefectRunner(is_async, max_workers, config.tasks, flow_run)
 
 
 @task(persist_result=False)
-def kedro_init(options: Options) -> Any:
+def kedro_init(options: Options, loading: ExitStack) -> Any:
     """Bootstrap the project, and make the Kedro session and the runner of this flow run."""
-    _started[str(runtime.flow_run.id)] += 1
+    flow_run_id = str(runtime.flow_run.id)
+    _started[flow_run_id] += 1
     (logger := get_run_logger()).info("Bootstrapping project")
-    with _opening:
-        metadata = _bootstrap(PROJECT_PATH)
-        opened = _opened.pop() if _opened else _open(options, _pipeline_names(options))
-    session, _, nodes = opened
-    # Kedro names versions by the millisecond, in which another flow run may start as well.
-    digits = f"{uuid.UUID(str(runtime.flow_run.id)).int % 1000:03}Z"
-    _adopt_session_id(session, re.sub(r"(?<=\.\d{3})Z$", digits, session.session_id))
+    metadata = _bootstrap()
+    _check_options(options)
+    # What a hook reads from the context may shape the pipelines: those of the last run do not do.
+    pipelines.configure(f"{metadata.package_name}.pipeline_registry")
+    session = _open_session(options)
     config = _read_config(session, options)
-    logger.info("Project %s: session created with ID %s", metadata.project_name, session.session_id)
-    if config.flow:
-        _call_api(_set_retries(**config.flow))
-    return opened, _make_runner(config, session, nodes, options, metadata)
+    flow_run = _FlowRun(loading=loading, has_previews=config.artifacts)
+    flow_run.options_key = _digest(options | {"env": _environment(options)})
+    flow_run.can_resume = config.task_runner.get("resume", True)
+    if flow_run.can_resume:
+        flow_run.run_id, flow_run.earlier = _find_earlier(flow_run.options_key)
+    if not flow_run.run_id:
+        # Kedro names versions by the millisecond, in which another flow run may start as well.
+        digits = f"{uuid.UUID(flow_run_id).int % 1000:03}Z"
+        flow_run.run_id = kedro_io.core.generate_timestamp().removesuffix("Z") + digits
+    _adopt_run_id(session, flow_run.run_id)
+    name = metadata.project_name
+    logger.info("Project %s: session created with ID %s", name, flow_run.run_id)
+    _add_engine(flow_run, config, session, options)
+    return session, flow_run, _make_runner(config, flow_run)
 
 
-def _end_run(runner: PrefectRunner, error: BaseException | None) -> None:
-    if runner._checkpoint:
-        _end_checkpoints(error is None, *runner._checkpoint.args)
-    advice = runner._suggestion
-    if error and runner._resume:
-        again = "Retry this flow run, and it goes on where it failed."
-        get_run_logger().info(again)
-        advice += f"\n{again}"
-    if runner._has_artifacts:
-        about = (runner._nodes, runner._records, error, advice)
-        _show("account of this run", f"{_package_key()}-run", lambda: _describe_run(*about))
+def _run_session_in_flow(options: Options, loading: ExitStack) -> dict[str, str]:
+    """Run the session; if it fails, say how to go on."""
+    log = get_run_logger()
+    session, flow_run, runner = cast("Any", kedro_init(options, loading))
+    is_completed = False
+    try:
+        with _logs_to_prefect(), session:
+            _run_session(session, runner, options, flow_run.run_id)
+        is_completed = True
+    except BaseException as error:
+        is_of_node = error is runner.failure
+        if is_of_node and flow_run.can_resume:
+            log.info("Retry this flow run, and it goes on where it failed.")
+        elif isinstance(error, Exception) and (hint := _other_environment(options)):
+            log.info(hint.strip())
+        if is_of_node and (bearable := _bearable(error)) is not error:
+            raise bearable from None
+        raise
+    finally:
+        if flow_run.checkpoints:
+            flow_run.checkpoints.end(is_completed)
+    return cast("dict[str, str]", runner.outputs)
 
 
 def _run_pipeline(options: Options) -> dict[str, str]:
     """Do what `kedro run` does, and return where each output lives."""
     get_run_logger().info("Initializing Kedro...")
-    _guard_what_nodes_start()
-    if _CALLED_IN_THREADS and not _opened:  # nodes use what their modules have made: a database
-        with suppress(ClickException):  # connection belongs to the thread that made it
-            _opened.append(_open(options, _pipeline_names(options)))
-    opened, runner = cast("Any", kedro_init(options))
-    try:
-        with _logs_to_prefect(), opened[0]:  # the session
-            if left := _resume(opened, runner, options):
-                _run_session(opened[0], runner, left)
-    except Exception as error:
-        _end_run(runner, error)
-        of_node = any(record.error is error for record in runner._records.values())
-        if not of_node and (remedies := _remedies(str(error), options)):
-            raise ClickException(f"{error}{remedies}") from error
-        raise
-    _end_run(runner, None)
-    return cast("dict[str, str]", runner._outputs)
+    _keep_generator()
+    if cast("Any", FlowRunContext.get()).flow_run.deployment_id:  # and no flow that calls this one
+        os.chdir(PROJECT_PATH)
+    with ExitStack() as loading:
+        loading.enter_context(_loading)
+        return _run_session_in_flow(options, loading)
 
 
 # Of the exception that ends a flow, Prefect stores class and message only where it writes JSON.
 @flow(name=_flow_name(), persist_result=False, result_serializer="json")
 def my_flow(
     pipeline_name: str = "__default__",
-    env: str = "base",
+    env: str = "",
     runtime_params: dict[str, Any] = {},
     tags: list[str] = [],
     node_names: list[str] = [],
@@ -2015,7 +2002,7 @@ def my_flow(
 
     Args:
         pipeline_name (str): Pipeline to run, or several: a,b (Kedro 1.2). Default: `__default__`.
-        env (str): The Kedro configuration environment, a folder of `conf`. Default: `base`.
+        env (str): The Kedro environment, a folder of `conf`. Default: KEDRO_ENV, or else `base`.
         runtime_params (dict): Values that win over parameters, nested as these are. Default: none.
         tags (list): Run only nodes with at least one of these Kedro tags. Default: all.
         node_names (list): Run only these nodes. Default: all.
@@ -2080,9 +2067,10 @@ async def _read_work_pool(client: Any, name: str, queue_name: str) -> Any:
     return pool
 
 
-def _set_options(options: Options) -> Options:
+def _set_options(options: Options, given: Options) -> Options:
     """Return the options of a run that are not left at their default."""
-    return {k: v for k, v in options.items() if v or k in ("pipeline_name", "env")}
+    named = {"pipeline_name", *(["env"] if "env" in given else [])}
+    return {k: v for k, v in options.items() if (v and k != "env") or k in named}
 
 
 async def _look_up(full_name: str, given: Options) -> tuple[Any, Any, Options]:
@@ -2106,35 +2094,34 @@ def _fields(pipeline: Pipeline, options: Options, given: Options, existing: Any)
     env = level | old.get("env", {}) | (level if "logging_level" in given else {})
     directory = {"directory": str(PROJECT_PATH)}
     fields: Options = {
-        "parameters": _set_options(options),
-        "entrypoint": "register_prefect_flow.py:my_flow",
+        "parameters": _set_options(options, given),
+        "entrypoint": f"{THIS_FILE.name}:my_flow",
         "pull_steps": [{"prefect.deployments.steps.set_working_directory": directory}],
         "job_variables": old | {"env": env},
     }
     if "version" in given or not existing:
         fields["version"] = given.get("version", "1.0")
     described = getattr(existing, "description", None) or ""
-    if not described or _sign(described.rpartition("\n\n")[0]) == described:
-        described = _describe(pipeline, _set_options(options))
+    if not described or "[register_prefect_flow.py]: #" in described:
+        described = _describe(pipeline, _set_options(options, given))
     return fields | {"description": described}
 
 
-def _print_plan(pipeline: Pipeline, datasets: Options, config: _Config, options: Options) -> None:
+def _print_plan(checked: _Checked, config: _Config, options: Options) -> None:
     """Print the execution layers, where each dataset lives, and what prefect.yml sets."""
-    layers, shown = pipeline.grouped_nodes, _set_options(options)
+    shown = _without_secrets(_set_options(options, {}))
     what = f"Pipeline '{shown.pop('pipeline_name')}' of {my_flow.name}"
-    where = f"environment '{shown.pop('env')}'"
-    click.echo(f"{what}, {where}: {len(pipeline.nodes)} nodes in {len(layers)} layers")
-    lines = [f"  {name}: {value}" for name, value in shown.items()]
-    for number, layer in enumerate(layers, start=1):
-        lines.append(f"Layer {number}")
-        for node in layer:
-            about = _task_options(node, config.tasks) or ""
-            reads, writes = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
-            lines.append(f"  {node.name}: {reads} -> {writes}  {about}".rstrip())
-    lines += ["Datasets", *(f"  {name}: {_where(name, found)}" for name, found in datasets.items())]
-    lines += [f"task_runner.{name}: {value}" for name, value in config.task_runner.items()]
-    click.echo("\n".join(lines))
+    where = f"environment '{_environment(options)}'"
+    layers = len(checked.pipeline.grouped_nodes)
+    lines = [f"{what}, {where}: {len(checked.pipeline.nodes)} nodes in {layers} layers"]
+    lines += [f"  {name}: {value}" for name, value in shown.items()]
+    lines += [*_list_layers(checked.pipeline, config.tasks), "Datasets"]
+    lines += [f"  {name}: {_where(name, found)}" for name, found in checked.datasets.items()]
+    for name, value in config.task_runner.items():
+        # Other keys are those of Dask, and may hold anything.
+        is_own = name in {*_SHAPE["task_runner"], "address"}
+        lines.append(f"task_runner.{name}: {value if is_own else '(set)'}")
+    click.echo(_without_password("\n".join(lines)))
 
 
 def _register(name: str, pipeline: Pipeline, options: Options, given: Options, dry: bool) -> None:
@@ -2161,7 +2148,29 @@ def _register(name: str, pipeline: Pipeline, options: Options, given: Options, d
 # ---- Command line ----
 
 
-def _run_now(opened: _Opened, options: Options) -> None:
+@contextmanager
+def _embedded_server() -> Iterator[None]:
+    """Start the server that Prefect 3 needs where none is set; that of Prefect 2 is no process."""
+    if not _PREFECT_3:
+        yield
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as PATIENCE
+
+    # It makes its database at its first start: 12 s on a fast machine. Prefect waits 20 s.
+    with temporary_settings(set_defaults={PATIENCE: 60}):
+        # Ctrl-C reaches all processes of a terminal, and this one has to record how the run
+        # ends. What is blocked stays so in a child. Windows blocks nothing.
+        block = getattr(signal, "pthread_sigmask", lambda *_: None)
+        block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
+        try:
+            SubprocessASGIServer().start()
+        finally:
+            block(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
+        yield
+
+
+def _run_now(options: Options) -> None:
     """Run the flow in this process; exit code 1 if it fails, 130 if Ctrl-C ends it."""
 
     def stop(*_: Any) -> None:
@@ -2172,25 +2181,25 @@ def _run_now(opened: _Opened, options: Options) -> None:
     has_server = bool(PREFECT_API_URL.value())  # without, Prefect starts its embedded one
     if has_server:
         _reach_server()
-    _guard_what_nodes_start()  # and the embedded server
-    _opened.append(opened)
     state: Any = None
-    with nullcontext() if has_server else _embedded_server() as is_embedded:
+    with nullcontext() if has_server else _embedded_server():
         signal.signal(signal.SIGINT, stop)
         with suppress(KeyboardInterrupt):
             state = my_flow(**options, return_state=True)
-        if is_embedded and _started:
+        if _started and not has_server:
             # It stops with this process, and loses what it has not recorded.
             flow_run_id, expected = next(reversed(_started.items()))
-            _call_api(_read_task_runs(flow_run_id, expected, patience=10 if state else 2))
+            with suppress(Exception):  # a node may have set what keeps it from being asked
+                _call_api(_read_task_runs(flow_run_id, expected, patience=10 if state else 2))
     if state is None:
         click.echo("Stopped by Ctrl-C.", err=True)
         sys.exit(130)
     if not state.is_completed():
         raise ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
-    click.echo("The flow run has completed. Its outputs:")
-    for name, where in (state.result() if state.data else {}).items():  # a slow server sends none
-        click.echo(f"  {name}: {where}")
+    outputs = state.result() if state.data else {}  # a slow server sends none
+    lines = [f"  {name}: {where}" for name, where in outputs.items()]
+    with suppress(ValueError, OSError):  # a node may have closed the output
+        click.echo("\n".join(["The flow run has completed. Its outputs:", *lines]))
 
 
 _KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; form; meaning
@@ -2274,21 +2283,20 @@ def prefect_deploy(
     _check_usage(given, deployment_name)
     options = {name: context.params[name] for name in inspect.signature(my_flow.fn).parameters}
     with _project_errors(f"Loading {PROJECT_PATH}, where this file lies, as a Kedro project"):
-        _bootstrap(PROJECT_PATH)
+        metadata = _bootstrap()
     _check_telemetry()
     _check_environment(options)
-    config = _read_config(_open_session(options), options)
-    if run and not dry_run:  # a run loads the catalog itself, and calls the hooks once
-        opened = _open(options)
-        _check_task_names(config.tasks)
-        return _run_now(opened, options)
-    (_, _, nodes), datasets, needed = _open_with_datasets(options)
+    with _project_errors("Loading prefect.yml"):
+        config = _read_config(_open_session(options), options)
+    if run and not dry_run:
+        return _run_now(options)  # a run loads the project itself, and calls its hooks once
+    checked = _check_project(options)
     _check_task_names(config.tasks)
-    if needed:
-        click.echo(f"Note: each run has to bring these runtime_params: {', '.join(needed)}")
+    for note in [*checked.notes, *_note_run_command(metadata)]:
+        click.echo(f"Note: {note}")
     if dry_run:
-        _print_plan(nodes, datasets, config, options)
-    return None if run else _register(deployment_name, nodes, options, given, dry_run)
+        _print_plan(checked, config, options)
+    return None if run else _register(deployment_name, checked.pipeline, options, given, dry_run)
 
 
 if __name__ == "__main__":

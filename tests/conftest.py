@@ -92,6 +92,7 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="backslashreplace",  # nodes may write anything
         timeout=timeout,
     )
 

@@ -50,7 +50,6 @@ OTHERS = (
     "PYTHONPATH",
     "PYTEST_",
     "KEDRO_ENV",
-    "KEDRO_FLOW_PROCESS",
     "PWD",
     "OLDPWD",
     "_",
@@ -204,7 +203,7 @@ def become(job: dict[str, Any], files: list[int]) -> None:
             os.setsid()  # as who started it has said
             raw = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
             sys.stdout = io.TextIOWrapper(raw, write_through=True)
-            sys.argv, sys.path[0] = ["-c"], ""
+            sys.argv, sys.path[0] = ["-c", *arguments[1:]], ""
             exec(arguments[0], {"__name__": "__main__"})
         elif program == "-m":
             sys.argv, sys.path[0] = arguments, job["cwd"]

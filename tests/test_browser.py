@@ -35,11 +35,10 @@ def newest_run(server: Server) -> dict[str, Any]:
     return found[0] if found else {}
 
 
-def artifact(server: Server, flow_run_id: str, key: str, holds: str = "") -> dict[str, Any]:
+def artifact(server: Server, flow_run_id: str, key: str) -> dict[str, Any]:
     def find() -> Any:
         found = server.post("/artifacts/filter", {})
-        of_run = [a for a in found if (a["flow_run_id"], a["key"]) == (flow_run_id, key)]
-        return [a for a in of_run if holds in a["data"]]
+        return [a for a in found if (a["flow_run_id"], a["key"]) == (flow_run_id, key)]
 
     return eventually(find)[0]
 
@@ -78,15 +77,11 @@ def test_a_user_sees_pipeline_run_and_results(
     flow_run = server.finished(newest_run(server)["id"])
     assert flow_run["state_type"] == "COMPLETED"
     task_runs = eventually(lambda: server.task_runs(flow_run["id"]))
-    account = artifact(server, flow_run["id"], "tiny-run")
     steps = [
         ("go to", f"{ui}/{RUNS}/flow-run/{flow_run['id']}"),
         ("see", "Completed"),
         ("go to", f"{ui}/{RUNS}/task-run/{task_runs['double']['id']}"),
         ("see", "doubling"),
-        ("go to", f"{ui}/artifacts/artifact/{account['id']}"),
-        ("see picture", "the pipeline"),
-        ("see", "4 completed"),
     ]
     if KEDRO >= (1,):  # kedro-datasets 1 has no preview of this
         total = artifact(server, flow_run["id"], "tiny-total")
@@ -102,11 +97,10 @@ def test_retry_in_the_browser_resumes(
     deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
     flow_run_id = server.start_run(deployment)
     assert server.finished(flow_run_id)["state_type"] == "FAILED"
-    account = artifact(server, flow_run_id, "tiny-run")
     browse(
         server, tmp_path / "failed",
-        ("go to", f"{ui}/artifacts/artifact/{account['id']}"),
-        ("see", "has failed"),
+        ("go to", f"{ui}/{RUNS}/flow-run/{flow_run_id}"),
+        ("see", "Failed"),
         ("see", "--from-nodes"),
     )  # fmt: skip
     mend(flaky)
@@ -119,10 +113,8 @@ def test_retry_in_the_browser_resumes(
     )  # fmt: skip
     eventually(lambda: server.flow_run(flow_run_id)["run_count"] == 2)
     assert server.finished(flow_run_id)["state_type"] == "COMPLETED"
-    account = artifact(server, flow_run_id, "tiny-run", holds="resumed")
     browse(
         server, tmp_path / "retried",
-        ("go to", f"{ui}/artifacts/artifact/{account['id']}"),
-        ("see", "6 nodes: 3 resumed, 3 completed"),
-        ("see picture", "the pipeline"),
+        ("go to", f"{ui}/{RUNS}/flow-run/{flow_run_id}"),
+        ("see", "4 of 6 nodes had completed"),
     )  # fmt: skip

@@ -110,7 +110,7 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
     session = AnySession()
     parameters = {filters: [] for filters in ("tags", "node_names", "namespaces")}
     parameters |= {"pipeline_name": name, "load_versions": {}}
-    register_prefect_flow._run_session(session, None, parameters)
+    register_prefect_flow._run_session(session, None, parameters, "an id")
     assert session.name == passed_on
 
 

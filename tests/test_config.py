@@ -40,7 +40,7 @@ def write(conf: Path, text: str, env: str = "base", name: str = "prefect.yml") -
 
 
 def test_all_of_it_is_optional(tmp_path: Path) -> None:
-    nothing = register_prefect_flow._Config({}, {}, {})
+    nothing = register_prefect_flow._Config({}, {})
     assert load(write(tmp_path, "{}", name="catalog.yml")) == nothing
     assert load(write(tmp_path, "tasks:\nflow:\n")) == nothing
 
@@ -78,6 +78,7 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
         ("task_runer: {}", "prefect.yml has no task_runer. Did you mean task_runner"),
         ("deployment: {}", "Prefect's own file prefect.yaml, in the project's root"),
         ("deployments: [{name: a}]", "registered with `prefect deploy --all`"),
+        ("flow: {retries: 1}", "are Prefect's settings PREFECT_FLOW_DEFAULT_RETRIES and"),
         ("task_runner: {type: tasks}", "task_runner.type is 'tasks'"),
         (
             "task_runner: {max_worker: 3}",

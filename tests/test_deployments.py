@@ -203,7 +203,7 @@ def test_what_the_file_does_not_set_stays_as_it_is_on_the_server(
 
     again = registered("--pipeline", "broken")
     assert again["id"] == first["id"]
-    assert again["parameters"] == {"pipeline_name": "broken", "env": "base"}, "of the registration"
+    assert again["parameters"] == {"pipeline_name": "broken"}, "of the registration"
     assert (again["tags"], again["version"]) == (["mine"], "3")
     assert again["description"] == "Written by hand."
     assert timings_of(again) == [(schedule, False)]
@@ -225,7 +225,7 @@ def test_what_the_file_does_not_set_stays_as_it_is_on_the_server(
 
 @pytest.mark.one_lane
 @pytest.mark.slow
-def test_a_description_of_ours_is_replaced_and_an_edited_one_is_not(
+def test_a_description_with_our_marker_is_replaced_and_another_is_not(
     server: Server, registered: Any
 ) -> None:
     first = registered("--params", "token=secret")
@@ -233,7 +233,9 @@ def test_a_description_of_ours_is_replaced_and_an_edited_one_is_not(
     assert "- runtime_params: token\n" in first["description"]
     second = registered("--tags", "heavy")
     assert second["description"] != first["description"]
-    edited = "Read this first.\n" + second["description"]
+    *ours, marker = second["description"].splitlines()
+    assert "remove this line" in marker
+    edited = "\n".join(["Read this first.", *ours])
     server.request("PATCH", f"/deployments/{first['id']}", {"description": edited})
     assert registered()["description"] == edited
 

@@ -36,14 +36,14 @@ def write_examples(path: Path, engine: str, with_failure: bool) -> tuple[Path, l
 
 
 def compare_from_the_start(
-    project: Path, server: Server, config: str, options: list[list[str]]
+    project: Path, server: Server, config: str, options: list[list[str]], **env: str
 ) -> list[dict[str, Any]]:
     """Compare as often as wanted: each time from the data that the project came with."""
     write_config(project, f"artifacts: false\n{config}")
     if (project / "start").exists():
         shutil.rmtree(project / "data")
         (project / "start").rename(project / "data")
-    return compare(project, server, options)
+    return compare(project, server, options, **env)
 
 
 def results(run_: dict[str, Any]) -> dict[str, str]:
@@ -87,12 +87,12 @@ def test_a_random_pipeline_that_failed_ends_as_if_it_had_not(
     project, examples = write_examples(tmp_path / "project", engine, with_failure=True)
     config = f"task_runner: {{type: {engine}}}"
 
-    def runs(fails: str, config: str) -> list[dict[str, Any]]:
+    def runs(fails: str, **env: str) -> list[dict[str, Any]]:
         options = [["--pipeline", f"p{number}-{fails}"] for number in range(len(examples))]
-        return compare_from_the_start(project, server, config, options)
+        return compare_from_the_start(project, server, config, options, **env)
 
-    failed, undisturbed = runs("always", config), runs("never", config)
-    retried = runs("once", f"{config}\nflow: {{retries: 1, retry_delay_seconds: 0}}")
+    failed, undisturbed = runs("always"), runs("never")
+    retried = runs("once", PREFECT_FLOW_DEFAULT_RETRIES="1")
     for example, fails, never, once in zip(examples, failed, undisturbed, retried, strict=True):
         ours, kedros = fails["prefect"], fails["kedro"]
         assert ours["error"] == kedros["error"], example

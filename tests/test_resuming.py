@@ -17,7 +17,7 @@ from test_end_to_end import edges, trace
 def logged(server: Server, flow_run_id: str) -> list[str]:
     """What the flow run logged about resuming."""
     logs = server.logs(flow_run_id)
-    starts = ("Resuming", "Runs again", "All nodes run again")
+    starts = ("Resuming", "4 of 6", "Runs again", "All nodes run again")
     return sorted(log["message"] for log in logs if log["message"].startswith(starts))
 
 
@@ -44,15 +44,16 @@ def test_only_what_has_not_completed_runs_again(server: Server, pool: str, flaky
 
     calls = [json.loads(call) for call in (trace(flaky) - before).elements()]
     [params] = [c[2] for c in calls if c[0] == "before_pipeline_run" and c[1] == "plugin"]
-    assert params["run_params"]["node_names"] == ["keep", "flaky", "last"]
-    assert params["pipeline"] == ["flaky", "keep", "last"]
+    assert params["run_params"]["node_names"] is None
+    assert params["pipeline"] == sorted([*ALL, "last"]), "hooks see the whole pipeline"
     counts = Counter(hook for hook, owner, _ in calls if owner == "plugin")
     once = ("after_context_created", "after_catalog_created", "after_pipeline_run")
     assert [counts[hook] for hook in (*once, "before_node_run")] == [1, 1, 1, 3]
 
-    eventually(lambda: len(logged(server, flow_run_id)) == 4)
+    eventually(lambda: len(logged(server, flow_run_id)) == 5)
     assert logged(server, flow_run_id) == [
-        f"Resuming session {first.name}: 4 of 6 nodes had completed",
+        "4 of 6 nodes had completed",
+        f"Resuming session {first.name}",
         "Runs again: flaky (Failed)",
         "Runs again: keep (kept was only in memory)",
         "Runs again: last (NotReady)",
@@ -75,8 +76,12 @@ def test_a_retry_can_be_retried(server: Server, pool: str, flaky: Path) -> None:
     assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == ["last"], "what the second attempt has completed does not run again"
     # The third attempt failed nowhere: there is nothing left that could run.
+    before = trace(flaky)
     assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == []
+    calls = [json.loads(call)[0] for call in (trace(flaky) - before).elements()]
+    assert calls.count("after_pipeline_run") == 2, "hooks of the pipeline are called all the same"
+    assert "before_node_run" not in calls
 
 
 @pytest.mark.one_lane
@@ -105,28 +110,37 @@ def test_after_a_kill_only_what_was_running_runs_again(
 
 @pytest.mark.one_lane
 @pytest.mark.slow
-def test_all_nodes_run_again_where_that_is_safer(server: Server, pool: str, flaky: Path) -> None:
+def test_with_other_parameters_all_nodes_run_again(server: Server, pool: str, flaky: Path) -> None:
     flow_run_id = fail(server, pool, flaky)
-    said = "All nodes run again: parameters or nodes are others than before"
-
+    said = "All nodes run again: the run has other parameters than before"
     body = {"parameters": {"pipeline_name": "flaky", "runtime_params": {"factor": 4}}}
     server.request("PATCH", f"/flow_runs/{flow_run_id}", body)
     assert server.retry(flow_run_id)["state_type"] == "FAILED"
     assert ran(flaky) == ALL
     eventually(lambda: logged(server, flow_run_id) == [said])
 
-    registry = flaky / "src/tiny/pipeline_registry.py"
-    added = 'node(nodes.save, "numbers", "more", name="more"),\n        node(nodes.last'
-    registry.write_text(registry.read_text().replace("node(nodes.last", added))
-    assert server.retry(flow_run_id)["state_type"] == "FAILED"
-    assert ran(flaky) == sorted([*ALL, "save"])
-    eventually(lambda: logged(server, flow_run_id) == [said, said])
-
     (flaky / "mended").touch()
     (flaky / "conf/base/prefect.yml").write_text("task_runner: {resume: false}\n")
     assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
-    assert ran(flaky) == sorted([*ALL, "save", "last"])
-    assert logged(server, flow_run_id) == [said, said]
+    assert ran(flaky) == sorted([*ALL, "last"])
+    assert logged(server, flow_run_id) == [said]
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+def test_a_pipeline_that_has_changed_runs_again_only_where_it_has(
+    server: Server, pool: str, flaky: Path
+) -> None:
+    flow_run_id = fail(server, pool, flaky)
+    registry = flaky / "src/tiny/pipeline_registry.py"
+    added = 'node(nodes.save, "numbers", "more", name="more"),\n        node(nodes.last'
+    text = registry.read_text().replace("node(nodes.last", added)
+    registry.write_text(
+        text.replace('node(nodes.finish_aside, ["aside"]', 'node(nodes.finish_aside, "aside"')
+    )
+    (flaky / "mended").touch()
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
+    assert ran(flaky) == ["flaky", "keep", "last", "save"], "save is the one that has been added"
 
 
 @pytest.mark.one_lane
@@ -139,16 +153,17 @@ def test_what_has_changed_or_is_gone_runs_again(server: Server, pool: str, flaky
     catalog.write_text(catalog.read_text().replace("data/saved.pickle", "data/stored.pickle"))
     assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
     assert ran(flaky) == sorted([*ALL, "last"])
-    eventually(lambda: len(logged(server, flow_run_id)) == 7)
+    eventually(lambda: len(logged(server, flow_run_id)) == 8)
     lines = logged(server, flow_run_id)
-    assert "Runs again: save (parameters or catalog have changed)" in lines
+    changed = "its inputs, outputs, parameters or catalog entries have changed"
+    assert f"Runs again: save ({changed})" in lines
     assert "Runs again: finish_aside (side is gone)" in lines
 
 
-def retry_by_itself(project: Path) -> None:
-    """Let the flow retry itself, and the node succeed the second time."""
-    text = "flow: {retries: 2, retry_delay_seconds: 1}\n"
-    (project / "conf/base/prefect.yml").write_text(text)
+RETRIES = {"PREFECT_FLOW_DEFAULT_RETRIES": "2", "PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS": "1"}
+
+
+def succeed_at_the_second_time(project: Path) -> None:
     nodes = project / "src/tiny/nodes.py"
     at_first = 'open("ran.txt").read().count("flaky") > 1'
     nodes.write_text(nodes.read_text().replace('Path("mended").exists()', at_first))
@@ -156,8 +171,8 @@ def retry_by_itself(project: Path) -> None:
 
 @pytest.mark.slow
 def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
-    retry_by_itself(flaky)
-    done = register(flaky, server, "--run", "--pipeline", "flaky")
+    succeed_at_the_second_time(flaky)
+    done = register(flaky, server, "--run", "--pipeline", "flaky", env=RETRIES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ran(flaky) == sorted([*ALL, "flaky", "keep", "last"])
     outputs = done.stdout.partition("Its outputs:\n")[2]
@@ -169,13 +184,13 @@ def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
 def test_the_server_may_be_away_for_a_while(
     flaky: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    retry_by_itself(flaky)
+    succeed_at_the_second_time(flaky)
     (flaky / "hang").touch()
     server = Server(tmp_path_factory.mktemp("restarted-server"))
     try:
         eventually(server.is_up)
         command = [sys.executable, flaky / "register_prefect_flow.py", "--run", "-p", "flaky"]
-        process = server.start(command, "flow", flaky, server.env)
+        process = server.start(command, "flow", flaky, server.env | RETRIES)
         eventually(lambda: (flaky / "pid.txt").exists() and (flaky / "data/side.json").exists())
         stop(server.process)
         server.start_server()

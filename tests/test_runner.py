@@ -157,7 +157,7 @@ def test_by_default_nodes_run_one_at_a_time_in_kedros_order_in_the_thread_of_the
     with caplog.at_level(logging.INFO, logger="kedro"):
         assert run_in_flow(random_nodes(order_and_thread))[0].is_completed()
     assert order == expected
-    assert threads == {"MainThread"}
+    assert threads == {"MainThread"} or not PREFECT_3, "Prefect 2 runs each in a thread of its own"
     messages = [record.getMessage() for record in caplog.records]
     [advice] = [message for message in messages if "side by side" in message]
     assert "15 nodes run one at a time. Up to 5 could run side by side" in advice

@@ -20,7 +20,6 @@ from conftest import (
     Server,
     copy_in,
     eventually,
-    is_gone,
     kedro_run,
     register,
     register_and_forget,
@@ -72,30 +71,6 @@ def test_a_flow_run_writes_what_kedro_run_writes(runs: dict[str, Any], habit: st
     assert [name for name, data in kedro["files"].items() if prefect["files"][name] != data] == []
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="the same in all lanes")
-@pytest.mark.parametrize("mode", ["threads", *MODES])
-@pytest.mark.parametrize("end", ["completed", "killed"])
-def test_what_nodes_have_started_ends_with_the_run(
-    habits: Path, server: Server, mode: str, end: str
-) -> None:
-    env = () if mode == "default" else ("--env", mode)
-    script = habits / "register_prefect_flow.py"
-    command = [sys.executable, script, "--run", "--pipeline", "leaving", *env]
-    if end == "completed":  # the output of the run has to close, or this would time out
-        done = run(*command, cwd=habits, env=server.env)
-        assert done.returncode == 0, done.stdout + done.stderr
-    else:
-        (habits / "wait").touch()
-        process = server.start(command, "leaving", habits, server.env)
-        eventually((habits / "pids.txt").exists, or_show=server.folder / "leaving.log")
-        process.kill()
-        process.wait()
-    pids = [*map(int, (habits / "pids.txt").read_text().split())]
-    assert len(pids) > 2, "joblib may use one process only"
-    eventually(lambda: all(map(is_gone, pids)), seconds=5, or_show=pids)
-
-
 @pytest.fixture
 def habits(tmp_path: Path) -> Path:
     return copy_in(write_habits_project(tmp_path / "project"))
@@ -133,8 +108,8 @@ def test_a_task_that_is_retried_replaces_what_it_has_saved(
 def test_what_a_hook_changes_before_the_run_is_no_reason_to_run_again(
     habits: Path, server: Server
 ) -> None:
-    write_config(habits, "flow: {retries: 1}\n")
-    done = register(habits, server, "--run", "--pipeline", "late")
+    retries = {"PREFECT_FLOW_DEFAULT_RETRIES": "1"}
+    done = register(habits, server, "--run", "--pipeline", "late", env=retries)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = (habits / "ran.txt").read_text().split()
     assert sorted(ran) == ["fail_once", "fail_once", "to_name", "use_late"]

@@ -1,0 +1,131 @@
+"""Nodes that behave badly: a flow run ends as `kedro run` does, whatever they do."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import (
+    DOCUMENTED,
+    FORKING,
+    KEDRO_1,
+    PREFECT_3,
+    Server,
+    copy_in,
+    is_gone,
+    kedro_run,
+    run,
+    write_config,
+    written_files,
+)
+from tiny_project import write_tiny_project
+
+pytestmark = pytest.mark.slow
+OVERLAY = Path(__file__).parent / "projects/badly_behaved"
+LIMIT = 100  # seconds, after which a run counts as one that hangs
+
+# From node to what the failure of a run says; nothing: it completes.
+ENDS = {
+    "panic": "PanicException: called `Option::unwrap()` on a `None` value",
+    "cancelled": "CancelledError: by a library",
+    "closed_generator": "GeneratorExit: too early",
+    "stop_iteration": "StopIteration",
+    "stop_async_iteration": "StopAsyncIteration: no more",
+    "false_error": "Empty: of no length",
+    "untold_error": "LookupError",  # Kedro itself stumbles over it
+    "locked_error": "Locked: 7: why",
+    "long_error": "ValueError: many rows many rows",
+    "error_without_unicode": "ValueError: \\udc80 of a file name",
+    "recursive": "RecursionError: maximum recursion depth exceeded",
+    "out_of_memory": "MemoryError: no room",
+    "times_out_itself": "a query took too long",
+    "asks": "EOFError: EOF when reading a line",
+    "coroutine": "JSON",
+    "exits_at_once": "",
+    "kills_itself": "",
+    "closes_stdout": "",
+    "closes_stderr": "",
+    "moves": "",
+    "forgets_its_path": "",
+    "clears_the_environment": "",
+    "sets_a_proxy": "",
+    "sets_certificates": "",
+    "sets_a_socket_timeout": "",
+    "replaces_logging": "",
+    "makes_warnings_errors": "",
+    "lives_elsewhere": "",
+    "sets_an_event_loop": "",
+    "writes_bytes": "",
+    "forks_a_pool": "",
+    "leaves_a_thread": "",
+    "writes_at_exit": "",
+    "starts_a_program": "",
+    "seeds_and_draws": "",
+    "handles_signals": "",
+}
+ONLY_IN_THE_MAIN_THREAD = {"handles_signals"}
+NOT_IN_THREADS = {"seeds_and_draws"} | ONLY_IN_THE_MAIN_THREAD  # README's table says so
+MODES = [
+    "default",
+    pytest.param(
+        "threads", marks=pytest.mark.skipif(not (PREFECT_3 and KEDRO_1), reason="one lane tells")
+    ),
+]
+
+
+def write_bad_project(path: Path) -> Path:
+    """Write the tiny project with the badly behaved nodes."""
+    write_tiny_project(path)
+    shutil.copytree(OVERLAY, path, dirs_exist_ok=True)
+    with (path / "conf/base/catalog.yml").open("a") as catalog:
+        for name in ("bad", "behind", "beside"):
+            catalog.write(f"\n{name}: {{type: json.JSONDataset, filepath: data/{name}.json}}\n")
+    return copy_in(path)
+
+
+def end_program(project: Path) -> bool:
+    """End the program that a node may have started, and tell whether it lived on."""
+    if not (project / "pid.txt").exists():
+        return False
+    pid = int((project / "pid.txt").read_text())
+    lived_on = not is_gone(pid)
+    if lived_on:
+        os.kill(pid, signal.SIGKILL)
+    return lived_on
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_ends_as_with_kedro_run(tmp_path: Path, server: Server, name: str, mode: str) -> None:
+    if name in ONLY_IN_THE_MAIN_THREAD and not PREFECT_3:
+        pytest.skip("Prefect 2 runs tasks in threads")
+    if mode == "threads" and name in NOT_IN_THREADS:
+        pytest.skip("threads share it")
+    reference = write_bad_project(tmp_path / "reference")
+    kedro = kedro_run(reference, "--pipeline", name)
+    assert bool(ENDS[name]) == (kedro.returncode == 1), kedro.stdout + kedro.stderr
+    project = write_bad_project(tmp_path / "project")
+    if mode == "threads":
+        write_config(project, "task_runner: {max_workers: 2}")
+    command = (*FORKING, project / "register_prefect_flow.py", "--run", "--pipeline", name)
+    try:
+        done = run(*command, cwd=project, env=server.env, timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"it hangs: {(error.stdout or b'')[-3000:]!r}")
+    output = done.stdout + done.stderr
+    assert done.returncode == kedro.returncode, output
+    files, expected = written_files(project), written_files(reference)
+    if name == "untold_error" and DOCUMENTED:
+        output = output.replace("<exception str() failed>", "LookupError")
+    if done.returncode < 0 or done.returncode > 1:
+        assert expected.items() <= files.items()  # in threads, others have been running
+    elif not ENDS[name]:
+        assert files == expected, output
+    else:
+        assert ENDS[name] in output
+        assert expected.items() <= files.items()
+        assert "beside.json" in files, "others run"
+        assert "behind.json" not in files
+    assert end_program(project) == end_program(reference)
