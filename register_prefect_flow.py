@@ -539,17 +539,15 @@ def _load_pipeline(options: Options) -> Pipeline:
     """Return the nodes that a run asks for; refuse what cannot be right."""
     names = _pipeline_names(options) or ["__default__"]
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
-        found: Any = {name: pipelines.get(name) for name in names}
-        if None in found.values():
-            _request_pipelines([])
-            registered = list(pipelines)
-    for name, pipeline in found.items():
-        if pipeline is None:
-            raise _unknown(f"There is no pipeline '{name}'.", name, registered, "pipelines")
-        if not pipeline.nodes:
-            raise ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
+        found = [pipelines.get(name) for name in names]
+        for name, pipeline in zip(names, found, strict=True):
+            if pipeline is None:
+                _request_pipelines([])
+                raise _unknown(f"There is no pipeline '{name}'.", name, pipelines, "pipelines")
+            if not pipeline.nodes:
+                raise ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
     try:
-        return _filter_pipeline(sum(found.values(), Pipeline([])), options)
+        return _filter_pipeline(sum(found, Pipeline([])), options)
     except ValueError as error:
         filters = ", ".join(
             f"{name} {','.join(options[name])}" for name in FILTERS if options[name]
@@ -664,6 +662,17 @@ _SHAPE: Options = {
 }  # fmt: skip
 
 
+_DEPLOYMENTS = (
+    "Deployments belong into Prefect's own file prefect.yaml, in the project's root, and are"
+    " registered with `prefect deploy --all`."
+)
+_MOVED = {  # from a section that an earlier copy of this file had, to where it belongs
+    "deployment": _DEPLOYMENTS, "deployments": _DEPLOYMENTS,
+    "flow": "Retries of flow runs are Prefect's settings PREFECT_FLOW_DEFAULT_RETRIES and"
+    " PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS, in job variables or where the flow runs.",
+}  # fmt: skip
+
+
 class _Config(NamedTuple):
     """What prefect.yml says of how nodes are run."""
 
@@ -699,14 +708,8 @@ def _read_config(session: Any, options: Options) -> _Config:
             found = {name: value for name, value in loader["prefect"].items() if value is not None}
         except (MissingConfigException, KeyError):
             found = {}
-    if found.keys() & {"deployment", "deployments"}:
-        problem = "prefect.yml says how nodes are run. Deployments belong into Prefect's own file"
-        remedy = "in the project's root, and are registered with `prefect deploy --all`"
-        raise ClickException(f"{problem} prefect.yaml, {remedy}.")
-    if "flow" in found:
-        problem = "prefect.yml says how nodes are run. Retries of flow runs are Prefect's settings"
-        remedy = "PREFECT_FLOW_DEFAULT_RETRIES and PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS"
-        raise ClickException(f"{problem} {remedy}, in job variables or where the flow runs.")
+    for name in sorted(found.keys() & _MOVED):
+        raise ClickException(f"prefect.yml says how nodes are run. {_MOVED[name]}")
     shape, section = dict(_SHAPE), found.get("task_runner", {})
     kind = section.get("type", "threads") if isinstance(section, dict) else "threads"
     if kind == "dask":  # which checks what else there is

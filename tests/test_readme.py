@@ -78,7 +78,6 @@ def test_the_settings_shown_are_taken(tmp_path: Path) -> None:
     if not register_prefect_flow._PREFECT_3 or KEDRO < (0, 19):
         text = re.sub(r"type: processes, |checkpoints: .*\n", "", text)
     config = load(write(tmp_path, text))
-    assert config.flow["retries"] == 1
     assert config.task_runner["max_workers"] == 4
     assert config.tasks["train_model"] == {"tags": ["gpu"]}
 
