@@ -539,7 +539,7 @@ def _load_pipeline(options: Options) -> Pipeline:
     """Return the nodes that a run asks for; refuse what cannot be right."""
     names = _pipeline_names(options) or ["__default__"]
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
-        found = [pipelines.get(name) for name in names]
+        found: list[Any] = [pipelines.get(name) for name in names]
         for name, pipeline in zip(names, found, strict=True):
             if pipeline is None:
                 _request_pipelines([])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    DASK,
     DOCUMENTED,
     FORKING,
     KEDRO_1,
@@ -96,6 +97,20 @@ def end_program(project: Path) -> bool:
     return lived_on
 
 
+def run_in(mode: str, project: Path, server: Server, name: str) -> tuple[int, str]:
+    """Run the pipeline of a node, and return the exit code and what was printed."""
+    if mode != "default":
+        runner = "max_workers: 2" if mode == "threads" else f"type: {mode}, n_workers: 1"
+        runner = runner if mode != "processes" else "type: processes, max_workers: 2"
+        write_config(project, f"task_runner: {{{runner}}}")
+    command = (*FORKING, project / "register_prefect_flow.py", "--run", "--pipeline", name)
+    try:
+        done = run(*command, cwd=project, env=server.env, timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"it hangs: {(error.stdout or b'')[-3000:]!r}")
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ENDS)
 def test_a_run_ends_as_with_kedro_run(tmp_path: Path, server: Server, name: str, mode: str) -> None:
@@ -107,19 +122,12 @@ def test_a_run_ends_as_with_kedro_run(tmp_path: Path, server: Server, name: str,
     kedro = kedro_run(reference, "--pipeline", name)
     assert bool(ENDS[name]) == (kedro.returncode == 1), kedro.stdout + kedro.stderr
     project = write_bad_project(tmp_path / "project")
-    if mode == "threads":
-        write_config(project, "task_runner: {max_workers: 2}")
-    command = (*FORKING, project / "register_prefect_flow.py", "--run", "--pipeline", name)
-    try:
-        done = run(*command, cwd=project, env=server.env, timeout=LIMIT)
-    except subprocess.TimeoutExpired as error:
-        pytest.fail(f"it hangs: {(error.stdout or b'')[-3000:]!r}")
-    output = done.stdout + done.stderr
-    assert done.returncode == kedro.returncode, output
+    code, output = run_in(mode, project, server, name)
+    assert code == kedro.returncode, output
     files, expected = written_files(project), written_files(reference)
     if name == "untold_error" and DOCUMENTED:
         output = output.replace("<exception str() failed>", "LookupError")
-    if done.returncode < 0 or done.returncode > 1:
+    if code < 0 or code > 1:
         assert expected.items() <= files.items()  # in threads, others have been running
     elif not ENDS[name]:
         assert files == expected, output
@@ -129,3 +137,19 @@ def test_a_run_ends_as_with_kedro_run(tmp_path: Path, server: Server, name: str,
         assert "beside.json" in files, "others run"
         assert "behind.json" not in files
     assert end_program(project) == end_program(reference)
+
+
+@pytest.mark.parametrize("mode", ["processes", DASK])
+@pytest.mark.parametrize("name", ["panic", "cancelled", "closed_generator", "stop_iteration"])
+def test_no_exception_of_a_node_lets_an_engine_wait_for_ever(
+    tmp_path: Path, server: Server, name: str, mode: str
+) -> None:
+    if not (PREFECT_3 and KEDRO_1):
+        pytest.skip("one lane tells")
+    project = write_bad_project(tmp_path / "project")
+    code, output = run_in(mode, project, server, name)
+    assert code == 1, output
+    assert ENDS[name] in output
+    files = written_files(project)
+    assert "beside.json" in files, "others run"
+    assert "behind.json" not in files
