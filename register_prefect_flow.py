@@ -46,7 +46,6 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from itertools import chain, filterfalse
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 THIS_FILE = Path(__file__).absolute()
@@ -573,7 +572,10 @@ def _other_environment(options: Options) -> str:
     has_files = any(Path(_locate_conf(options), local).glob("**/*.y*ml"))
     if local == _environment(options) or not has_files:
         return ""
-    return f" `kedro run` reads environment {local}, too: try --env {local}."
+    read = (
+        f"Environment {_environment(options)} was read. `kedro run` reads environment {local}, too"
+    )
+    return f" {read}: try --env {local}."
 
 
 def _inner(dataset: Any) -> Any:
@@ -836,7 +838,8 @@ def _list_layers(pipeline: Pipeline, tasks: dict[str, Options]) -> list[str]:
         for node in layer:
             about = _task_options(node, tasks) or ""
             reads, writes = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
-            lines.append(f"  {node.name}: {reads} -> {writes}  {about}".rstrip())
+            line = f"{node.name}: {reads} -> {writes} {about}"
+            lines.append("  " + " ".join(line.split()))  # names may have line breaks
     return lines
 
 
@@ -1008,6 +1011,7 @@ class _Run(NamedTuple):
     catalog: Any
     records: dict[str, _Record]  # by node name
     executor: "_InProcess | _InChildren"
+    keys: dict[str, str]  # by node name
     has_previews: bool = False
 
 
@@ -1028,8 +1032,11 @@ class _InProcess(NamedTuple):
         del record
         _run_node(node, self.catalog, self.hook_manager, self.is_async, self.run_id)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Do nothing: what a thread does cannot be ended."""
+
+    def close(self) -> None:
+        """Do nothing: this process goes on."""
 
 
 def _spell(value: Any) -> str:
@@ -1169,8 +1176,9 @@ def init_kedro_tasks_by_execution_layer(
 # ---- Engines: nodes in children, here and under Dask workers ----
 #
 # A child is a process that has opened the project for one flow run, with its code as it is now.
-# Names of nodes go there; log records come back, and how each node ended. A child and all that it
-# has started end together. Dask says which machine has room for one.
+# Names of nodes go there; log records come back, and how each node ended. After a run it ends as a
+# Python process does; with all that it has started it is killed when a node is stopped, or when who
+# started it is gone. Dask says which machine has room for one.
 
 _TOPIC = "kedro"  # under which Dask's workers send them
 _PARAMETERS = "params:"  # the checkpoint that hands their values on; no dataset has this name
@@ -1195,12 +1203,26 @@ def _same_everywhere(metadata: ProjectMetadata) -> str:
     return _digest(kedro.__version__, sys.version_info[:2], code)
 
 
+class _LogsToFlow(logging.handlers.QueueHandler):
+    """Sends what is logged in a child to the flow; a fork has no way there, and prints it."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        super().__init__(cast("Any", None))
+        self._say, self._process = say, os.getpid()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Send a record, whose arguments are in its text by now."""
+        if os.getpid() == self._process:
+            self._say("log", pickle.dumps(record))
+        else:
+            print(record.getMessage(), file=sys.stderr)
+
+
 def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     """Open the project in a child: configuration, catalog and hooks as in the flow."""
     metadata = _bootstrap()
     # All log records, at the levels that the project sets; handlers are the flow's.
-    put = SimpleNamespace(put_nowait=lambda record: say("log", pickle.dumps(record)))
-    handler = logging.handlers.QueueHandler(cast("Any", put))
+    handler = _LogsToFlow(say)
     for name in (None, *logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name is None or not logger.propagate else []
@@ -1214,15 +1236,31 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     catalog = _load_catalog(context, options, run_id)
     credentials = _read_credentials(session, options, job["credentials"])
     checkpoints = _Checkpoints(job["folder"], credentials)
+    for name, value in checkpoints.make(_PARAMETERS).load().items():
+        _set_dataset(catalog, name, kedro_io.MemoryDataset(value))
+    keys = {node.name: _task_key(node, catalog, job["run"]) for node in pipeline.nodes}
     checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
     for name in job["handed_on"]:
         _set_dataset(catalog, name, checkpoints.make(name))
-    for name, value in checkpoints.make(_PARAMETERS).load().items():
-        _set_dataset(catalog, name, kedro_io.MemoryDataset(value))
     _pin_versions(catalog, pipeline, run_id)
     nodes = {node.name: node for node in pipeline.nodes}
     executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id)
-    return _Run(nodes, catalog, {name: _Record() for name in nodes}, executor)
+    return _Run(nodes, catalog, {name: _Record() for name in nodes}, executor, keys)
+
+
+def _run_job(run: _Run, job: Options) -> None:
+    """Run a node in a child, if it is the same node there as in the flow."""
+    node = run.nodes[job["node"]]
+    if run.keys[node.name] != job["key"]:
+        problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
+        remedy = "Does a resolver give another value each time? Put the value into a parameter."
+        raise RuntimeError(f"{problem}. {remedy}")
+    run.records[node.name].attempts = job["attempts"]
+    try:
+        kedro_task(node.name, "")
+    finally:
+        for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
+            run.catalog.release(name)
 
 
 def _pack_error(error: BaseException, with_object: bool) -> bytes:
@@ -1245,38 +1283,36 @@ def _unpack_error(payload: bytes) -> BaseException:
 
 
 def _be_child(jobs_in: int, messages_out: int) -> None:
-    """Run nodes of a flow run, and say what happens, until whoever started this process is gone."""
+    """Run nodes of a flow run, and say what happens, until there is nothing more to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the flow that Ctrl-C stops
     os.environ["KEDRO_DISABLE_TELEMETRY"] = "1"  # which the flow sends
-    jobs: queue.SimpleQueue[Options] = queue.SimpleQueue()
-    messages, lock = os.fdopen(messages_out, "wb"), threading.Lock()
+    jobs: queue.SimpleQueue[Options | None] = queue.SimpleQueue()
+    lock, forked = threading.Lock(), getattr(os, "register_at_fork", lambda **_: None)
+    # A fork holds no end of a pipe: the flow would take it for the child, or wait for it.
+    forked(after_in_child=functools.partial(os.close, jobs_in))
+    forked(after_in_child=functools.partial(os.close, messages_out))
 
     def say(kind: str, payload: bytes = b"") -> None:
+        message = memoryview(pickle.dumps((kind, payload)))
         with lock:
-            pickle.dump((kind, payload), messages)
-            messages.flush()
+            while message:
+                message = message[os.write(messages_out, message) :]
 
     def listen() -> None:
-        with suppress(EOFError, OSError), os.fdopen(jobs_in, "rb") as file:
+        with suppress(EOFError, OSError), os.fdopen(jobs_in, "rb", closefd=False) as file:
             while True:
                 jobs.put(pickle.load(file))
-        _end_group(os.getpid())  # at once, whatever a node is doing
+        _end_group(os.getpid())  # who started it is gone: at once, whatever a node is doing
 
     threading.Thread(target=listen, daemon=True).start()
     run = None
-    while True:
-        job = jobs.get()
+    while job := jobs.get():
         try:
             run = _runs[""] = run or _open_run(job, say)
-            run.records[job["node"]].attempts = job["attempts"]
-            kedro_task(job["node"], "")
+            _run_job(run, job)
             end = ("ended", b"")
         except BaseException as error:  # what opening raises may refer to credentials
             end = ("failed", _pack_error(error, with_object=run is not None))
-        if run:
-            node = run.nodes[job["node"]]
-            for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
-                run.catalog.release(name)
         say(*end)
 
 
@@ -1297,16 +1333,45 @@ class _Child:
         how: Any = {"cwd": Path(script).parent, **dict.fromkeys(pipes, subprocess.PIPE)}
         self.process: Any = subprocess.Popen(command, start_new_session=True, **how)
         self.messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.node = ""  # that it runs, or has run last
+        self._reaping = threading.Lock()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
-        with suppress(Exception):  # its end may come in the middle of a message
+        why = ""
+        try:
             while True:
                 self.messages.put(pickle.load(self.process.stdout))
-        code = self.process.wait()
-        _end_group(self.process.pid)
-        why = " (killed, perhaps for lack of memory)" * (str(code) == "-9")  # by SIGKILL
+        except EOFError:
+            pass
+        except Exception as error:
+            why = f", for what it said cannot be read: {error!r}"
+            self.kill()
+        if hasattr(os, "waitid"):  # its number is its own until it is reaped
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        with self._reaping:
+            code = self.process.wait()
+        if str(code) == "-9" and not why:  # by SIGKILL
+            why = " (killed, perhaps for lack of memory)"
         self.messages.put(("died", f"with exit code {code}{why}".encode()))
+
+    def send(self, job: Options | None) -> None:
+        """Give it a node to run; nothing: it ends when all that it does has ended."""
+        with suppress(OSError):  # it has died, and says so
+            pickle.dump(job, self.process.stdin)
+            self.process.stdin.flush()
+
+    def has_ended(self, timeout: float | None = 0) -> bool:
+        """Wait for its end as long as that."""
+        self._reader.join(timeout)
+        return not self._reader.is_alive()
+
+    def kill(self) -> None:
+        """Kill it, and all that it has started."""
+        with self._reaping:
+            if self.process.returncode is None:  # else its number may be another's
+                _end_group(self.process.pid)
 
 
 class _Children:
@@ -1315,9 +1380,9 @@ class _Children:
     def __init__(self, script: str) -> None:
         self.size = os.cpu_count() or 1
         self._script = script
-        self._all: list[Any] = []
+        self._busy: list[Any] = []
         self._idle: list[Any] = []
-        self._has_ended = False
+        self._is_stopped = False
 
     def run(
         self, job: Options, _: Options, is_wanted: Callable[[], bool] = lambda: True
@@ -1326,40 +1391,69 @@ class _Children:
         if not Path(self._script).exists():
             problem = "the project has to lie there as where the flow runs, with this file"
             raise FileNotFoundError(f"{platform.node()} has no {self._script}: {problem}.")
+        child, kind = self._take(), ""
+        child.node = job["node"]
         try:
-            child = self._idle.pop()
-        except IndexError:
-            child = _Child(self._script)
-            self._all.append(child)
-        kind = ""
-        try:
-            with suppress(OSError):  # it has died, and says so
-                pickle.dump(job, child.process.stdin)
-                child.process.stdin.flush()
+            child.send(job)
             while kind not in ("ended", "failed", "died"):
                 try:
                     kind, payload = child.messages.get(timeout=0.2)
+                    if kind == "died" and self._is_stopped:
+                        raise RuntimeError("the run has been stopped")
                     yield kind, payload
                 except queue.Empty:
-                    if self._has_ended or not is_wanted():
+                    if self._is_stopped or not is_wanted():
                         raise RuntimeError("the run has been stopped") from None
         finally:
-            if kind in ("ended", "failed") and not self._has_ended:
+            self._busy.remove(child)
+            if kind in ("ended", "failed"):
                 self._idle.append(child)
             else:
-                self._end(child)
+                child.kill()
 
-    def _end(self, child: Any) -> None:
-        with suppress(ValueError):  # it has been ended
-            self._all.remove(child)
-            _end_group(child.process.pid)
-            child.process.wait()
+    def _take(self) -> Any:
+        """Return an idle child, or a new one."""
+        child = None
+        while child is None:
+            try:
+                child = self._idle.pop()
+            except IndexError:
+                child = _Child(self._script)
+            if child.has_ended():  # it may have been killed, for lack of memory
+                child = None
+        self._busy.append(child)
+        return child
+
+    def stop(self) -> None:
+        """Kill all, if any runs a node."""
+        self._is_stopped = True
+        for child in [*self._busy, *self._idle] if self._busy else []:
+            child.kill()
 
     def close(self) -> None:
-        """End all, and what they are doing."""
-        self._has_ended = True
-        for child in list(self._all):
-            self._end(child)
+        """Let all end as Python processes do, and wait for them."""
+        children, self._idle = self._idle, []
+        try:
+            for child in children:
+                child.send(None)
+            for child in children:
+                if not child.has_ended(timeout=10):
+                    problem = "The process that ran node '%s' goes on, and is waited for: a thread?"
+                    logging.getLogger("kedro").warning(problem, child.node)
+                    child.has_ended(timeout=None)
+                while not child.messages.empty():
+                    _log_here(*child.messages.get())
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
+
+
+def _log_here(kind: str, payload: bytes) -> None:
+    """Log what has been logged in a child."""
+    if kind == "log":
+        record = pickle.loads(payload)
+        logging.getLogger(record.name).handle(record)
 
 
 def _make_plugin(flow_run: str, script: str) -> Any:
@@ -1374,9 +1468,10 @@ def _make_plugin(flow_run: str, script: str) -> Any:
         def setup(self, worker: Any) -> None:
             self._worker, self._children = worker, _Children(script)
 
-        def teardown(self, worker: Any) -> None:
+        async def teardown(self, worker: Any) -> None:
             del worker
-            self._children.close()
+            self._children.stop()
+            await asyncio.to_thread(self._children.close)
 
         def run(self, job: Options) -> None:
             """Run a node in a child, and pass on what it says."""
@@ -1405,6 +1500,7 @@ class _Dask:
         logging.getLogger("distributed").setLevel(logging.WARNING)
         self._name, self._stack = f"kedro-{uuid.uuid4().hex}", ExitStack()
         self._said: dict[str, queue.SimpleQueue[Any]] = {}  # by Dask's key of a node
+        self._is_stopped = False
         try:
             options = dict(options)
             if name := options.pop("cluster_class", None):
@@ -1451,14 +1547,20 @@ class _Dask:
                 with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
                     if message := said.get(timeout=0.2):
                         yield message
+                if self._is_stopped:
+                    raise RuntimeError("the run has been stopped")
             if future.status != "finished":  # or Dask would fetch the result, which is none
                 future.result()  # raises what kept the node from being run
         finally:
             del self._said[key]
             future.cancel()
 
+    def stop(self) -> None:
+        """Have those children killed that run nodes."""
+        self._is_stopped = True
+
     def close(self) -> None:
-        """End all children, and what they are doing."""
+        """Let all children end, and wait for them."""
         with suppress(Exception):  # there may be no cluster any more
             self._client.unregister_worker_plugin(name := self._name)
             self._client.run_on_scheduler(
@@ -1472,16 +1574,21 @@ class _InChildren(NamedTuple):
 
     engine: Any
     job: Options  # what is the same for all nodes
+    keys: dict[Node, str]
     task_options: dict[str, Options]
 
     def run(self, node: Node, record: _Record) -> None:
         """Run a node where the engine has room for it."""
         resources = _task_options(node, self.task_options).get("resources", {})
-        job = {**self.job, "node": node.name, "attempts": record.attempts - 1}
-        _run_in_child(self.engine, job, resources)
+        own = {"node": node.name, "key": self.keys[node], "attempts": record.attempts - 1}
+        _run_in_child(self.engine, self.job | own, resources)
+
+    def stop(self) -> None:
+        """Stop nodes that run."""
+        self.engine.stop()
 
     def close(self) -> None:
-        """End all children, and what they are doing."""
+        """Let all children end, and wait for them."""
         self.engine.close()
 
 
@@ -1489,15 +1596,13 @@ def _run_in_child(engine: Any, job: Options, resources: Options) -> None:
     """Run a node on an engine; what it logs there, it logs here."""
     with closing(engine.run(job, resources)) as messages:
         for kind, payload in messages:
-            if kind == "log":
-                record = pickle.loads(payload)
-                logging.getLogger(record.name).handle(record)
-            elif kind == "failed":
+            _log_here(kind, payload)
+            if kind == "failed":
                 raise _unpack_error(payload)
-            elif kind == "died":
+            if kind == "died":
                 problem = f"The process that ran node '{job['node']}' died {payload.decode()}"
                 raise RuntimeError(problem)
-            elif kind == "ended":
+            if kind == "ended":
                 return
     raise RuntimeError(f"The worker that ran node '{job['node']}' is lost")
 
@@ -1643,8 +1748,8 @@ class PrefectRunner(SequentialRunner):
         executor: _InProcess | _InChildren
         if self._flow_run.make_engine:
             job = self._flow_run.job | {"run_id": run_id, "is_async": self._is_async}
-            job["handed_on"] = _hand_on(catalog, left, cast("_Checkpoints", checkpoints))
-            executor = _InChildren(self._flow_run.make_engine(), job, self._task_options)
+            job |= {"run": run, "handed_on": _hand_on(catalog, left, cast("Any", checkpoints))}
+            executor = _InChildren(self._flow_run.make_engine(), job, keys, self._task_options)
         else:
             executor = _InProcess(catalog, hook_manager, self._is_async, run_id)
         with closing(executor):
@@ -1674,7 +1779,9 @@ class PrefectRunner(SequentialRunner):
             node_task.task_key = keys[node]
         nodes = {node.name: node for node in pipeline.nodes}
         records = {name: _Record() for name in nodes}
-        _runs[run_key] = _Run(nodes, catalog, records, executor, self._flow_run.has_previews)
+        by_name = {node.name: keys[node] for node in pipeline.nodes}
+        has_previews = self._flow_run.has_previews
+        _runs[run_key] = _Run(nodes, catalog, records, executor, by_name, has_previews)
         earlier = {_plain_name(n): run for node, run in resumed.items() for n in node.outputs}
         max_workers = self._count_workers(executor, len(nodes), max(map(len, layers), default=0))
         try:
@@ -1690,7 +1797,7 @@ class PrefectRunner(SequentialRunner):
                     schedule = _schedule(pipeline, start, max_workers)
                     self._follow(schedule, pipeline, catalog, records)
                 except BaseException:
-                    executor.close()  # or nodes that run would be waited for
+                    executor.stop()  # or nodes that run would be waited for
                     raise
         finally:
             del _runs[run_key]
@@ -2152,10 +2259,10 @@ def _register(name: str, pipeline: Pipeline, options: Options, given: Options, d
 
 
 @contextmanager
-def _embedded_server() -> Iterator[None]:
-    """Start the server that Prefect 3 needs where none is set; that of Prefect 2 is no process."""
-    if not _PREFECT_3:
-        yield
+def _embedded_server() -> Iterator[Callable[[], None]]:
+    """Start the server that Prefect needs where none is set, and yield what stops it at once."""
+    if not _PREFECT_3 or PREFECT_API_URL.value():
+        yield lambda: None  # that of Prefect 2 is no process of its own
         return
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as PATIENCE
@@ -2167,17 +2274,21 @@ def _embedded_server() -> Iterator[None]:
         block = getattr(signal, "pthread_sigmask", lambda *_: None)
         block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
         try:
-            SubprocessASGIServer().start()
+            (server := SubprocessASGIServer()).start()
         finally:
             block(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
-        yield
+        yield server.stop
 
 
 def _run_now(options: Options) -> None:
     """Run the flow in this process; exit code 1 if it fails, 130 if Ctrl-C ends it."""
 
+    def end_at_once(*_: Any) -> None:
+        stop_server()
+        os._exit(130)
+
     def stop(*_: Any) -> None:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        signal.signal(signal.SIGINT, end_at_once)
         os.write(2, b"Stopping: no other node starts. Ctrl-C again ends at once.\n")
         raise KeyboardInterrupt
 
@@ -2185,7 +2296,7 @@ def _run_now(options: Options) -> None:
     if has_server:
         _reach_server()
     state: Any = None
-    with nullcontext() if has_server else _embedded_server():
+    with _embedded_server() as stop_server:
         signal.signal(signal.SIGINT, stop)
         with suppress(KeyboardInterrupt):
             state = my_flow(**options, return_state=True)

@@ -348,7 +348,7 @@ def test_dry_run_shows_parameters_and_settings(project: Path) -> None:
         "  runtime_params: factor, a",
         "  tags: ['heavy']",
         "Layer 1",
-        "  scale: numbers, params:factor, params:pause -> scaled  {'retries': 2}",
+        "  scale: numbers, params:factor, params:pause -> scaled {'retries': 2}",
     ]
     assert plan[-1] == "task_runner.max_workers: 2"
 

@@ -191,7 +191,8 @@ def test_several_runs_in_one_process_load_their_own_pipelines(
 def test_the_environment_is_that_of_the_job_variables_unless_a_parameter_says_more(
     project: Path, server: Server, pool: str
 ) -> None:
-    deployment = register_and_forget(project, server, pool)
+    own = ("--deployment_name", "by_variable")  # for a deployment keeps its job variables
+    deployment = register_and_forget(project, server, pool, *own)
     found = server.request("GET", f"/deployments/name/{deployment}")
     assert "env" not in found["parameters"]
     key = "job_variables" if "job_variables" in found else "infra_overrides"

@@ -46,5 +46,5 @@ def test_it_gives_what_kedro_run_gives(tmp_path: Path, server: Server) -> None:
 
 def test_it_has_three_pipelines(tmp_path: Path) -> None:
     project = copy_of_the_sample(tmp_path / "wine")
-    message = register(project, None, "--run", "--pipeline", "none").stderr
+    message = register(project, None, "--dry_run", "--run", "--pipeline", "none").stderr
     assert "The pipelines are: __default__, modelling, processing." in message

@@ -39,7 +39,7 @@ KEDROS_HANDLERS = logging.getLogger().handlers[:]
 PARAMETERS = {
     name: p.default for name, p in inspect.signature(script.my_flow.fn).parameters.items()
 }
-script._bootstrap(PROJECT)
+script._bootstrap()
 
 from bench.pipeline_registry import times  # noqa: E402  # when each node began and ended
 
