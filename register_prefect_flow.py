@@ -128,6 +128,7 @@ else:
 # Kedro 0.18.12 renamed them.
 _Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("AbstractDataSet"))
 _CachedDataset: Any = vars(kedro_io).get("CachedDataset", vars(kedro_io).get("CachedDataSet"))
+_MemoryDataset: Any = vars(kedro_io).get("MemoryDataset", vars(kedro_io).get("MemoryDataSet"))
 
 
 def _filter_pipeline(pipeline: Pipeline, options: Options) -> Pipeline:
@@ -210,13 +211,6 @@ def _catalog_names(catalog: Any) -> list[str]:
 def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
     (vars(catalog).get("_datasets") or catalog._data_sets).pop(name, None)  # or Kedro warns
     (catalog.__setitem__ if _KEDRO_1 else catalog.add)(name, dataset)
-
-
-def _give_up(catalog: Any, name: str) -> None:
-    """Let a run return None for what is lost: before Kedro 1.0 a run loads what it returns."""
-    lambda_dataset: Any = vars(kedro_io).get("LambdaDataset", vars(kedro_io).get("LambdaDataSet"))
-    if not _KEDRO_1:
-        _set_dataset(catalog, name, lambda_dataset(load=lambda: None, save=None))
 
 
 def _is_in_memory(dataset: Any | None) -> bool:
@@ -583,13 +577,15 @@ def _inner(dataset: Any) -> Any:
     return dataset._dataset if isinstance(dataset, _CachedDataset) else dataset
 
 
-def _pin_versions(catalog: Any, pipeline: Pipeline, session_id: str) -> None:
-    """Load what nodes save in a session, even if another run has saved since."""
-    made = set(map(_plain_name, pipeline.all_outputs()))
-    for name in pipeline.all_inputs() | pipeline.all_outputs():
-        dataset: Any = _inner(_get_dataset(catalog, name)) if _plain_name(name) in made else None
-        if version := getattr(dataset, "_version", None):
-            dataset._version = type(version)(version.load or session_id, session_id)
+def _pin_versions(catalog: Any, names: Iterable[str], run_id: str) -> None:
+    """Load what this run has saved elsewhere, even if another run has saved since."""
+    for name in names:
+        dataset: Any = _inner(_get_dataset(catalog, name))
+        version = getattr(dataset, "_version", None)  # datasets of others may use this name
+        if not isinstance(version, kedro_io.Version) or version.load:
+            continue
+        if dataset._exists_function(str(dataset._get_versioned_path(run_id))):
+            dataset._version = kedro_io.Version(run_id, version.save)
 
 
 class _Checked(NamedTuple):
@@ -700,16 +696,24 @@ def _check(where: str, found: Any, shape: Any) -> None:
             _check(path, item, inner.get(key, inner.get(str)))
 
 
-def _read_config(session: Any, options: Options) -> _Config:
-    """Read prefect.yml with the project's own config loader, and check it."""
+def _load_config(session: Any, options: Options) -> Options:
+    """Load prefect.yml with the project's own config loader; none: nothing."""
     loader = _call_with_params(session._get_config_loader, options)
-    with _project_errors("Loading prefect.yml"):
+    section: Any = {}
+    with _project_errors("Loading prefect.yml"), suppress(MissingConfigException, KeyError):
         if hasattr(loader, "config_patterns"):
             loader.config_patterns.setdefault("prefect", ["prefect.*"])
         try:
-            found = {name: value for name, value in loader["prefect"].items() if value is not None}
-        except (MissingConfigException, KeyError):
-            found = {}
+            section = loader["prefect"] or {}
+        except (AttributeError, OSError, TypeError):  # so may a loader of the project's own say it
+            if any(Path(_locate_conf(options)).rglob("prefect*.y*ml")):
+                raise
+    return {name: value for name, value in section.items() if value is not None}
+
+
+def _read_config(session: Any, options: Options) -> _Config:
+    """Read prefect.yml, and check it."""
+    found = _load_config(session, options)
     for name in sorted(found.keys() & _MOVED):
         raise ClickException(f"prefect.yml says how nodes are run. {_MOVED[name]}")
     shape, section = dict(_SHAPE), found.get("task_runner", {})
@@ -882,13 +886,12 @@ def _show_previews(node: Node, catalog: Any) -> None:
     """Show those of a node's outputs whose catalog entry asks for it; the server keeps them."""
     for name in node.outputs:
         dataset = _inner(_get_dataset(catalog, name))
-        about = getattr(dataset, "metadata", None)
-        about = about.get("prefect") if isinstance(about, dict) else None
-        if not isinstance(about, dict) or not about.get("preview"):
-            continue
         try:
-            text = _render(name, dataset, about.get("preview_args") or {})
-            _call_api(_create_artifact(text, _artifact_key(name)), SERVER_TIMEOUT)
+            about = getattr(dataset, "metadata", None)
+            about = about.get("prefect") if isinstance(about, dict) else None
+            if isinstance(about, dict) and about.get("preview"):
+                text = _render(name, dataset, about.get("preview_args") or {})
+                _call_api(_create_artifact(text, _artifact_key(name)), SERVER_TIMEOUT)
         except Exception as error:
             logger = logging.getLogger("kedro")
             logger.warning("No preview of '%s' in Prefect: %r", name, error)
@@ -1115,16 +1118,16 @@ def _remove_versions(node: Node, catalog: Any) -> None:
     """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
     for name in node.outputs:
         dataset = _inner(_get_dataset(catalog, name))
-        if getattr(dataset, "_version", None) and hasattr(dataset, "_fs"):
+        if isinstance(getattr(dataset, "_version", None), kedro_io.Version):
             path = str(dataset._get_versioned_path(dataset.resolve_save_version()))
             if dataset._exists_function(path):
                 dataset._fs.rm(path, recursive=True)
                 dataset.release()  # it remembers versions
 
 
-def _is_of_prefect(error: BaseException) -> bool:
-    """Tell whether Prefect has raised it to stop a task: a timeout, a suspended flow run."""
-    return type(error).__module__.partition(".")[0] == "prefect"
+def _is_of_prefect(what: Any) -> bool:
+    """Tell whether a class or function is Prefect's."""
+    return str(getattr(what, "__module__", "")).partition(".")[0] == "prefect"
 
 
 def kedro_task(node_name: str, run_key: str) -> None:
@@ -1143,7 +1146,7 @@ def kedro_task(node_name: str, run_key: str) -> None:
         record.error = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(ended)})")
         raise record.error from ended
     except BaseException as error:
-        if _is_of_prefect(error):
+        if _is_of_prefect(type(error)):  # it stops a task: a timeout, a suspended flow run
             raise
         bearable = _bearable(error)
         # Kedro's hooks get what is no Exception as it is: they are not told of it.
@@ -1237,12 +1240,11 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     credentials = _read_credentials(session, options, job["credentials"])
     checkpoints = _Checkpoints(job["folder"], credentials)
     for name, value in checkpoints.make(_PARAMETERS).load().items():
-        _set_dataset(catalog, name, kedro_io.MemoryDataset(value))
+        _set_dataset(catalog, name, _MemoryDataset(value))
     keys = {node.name: _task_key(node, catalog, job["run"]) for node in pipeline.nodes}
     checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
     for name in job["handed_on"]:
         _set_dataset(catalog, name, checkpoints.make(name))
-    _pin_versions(catalog, pipeline, run_id)
     nodes = {node.name: node for node in pipeline.nodes}
     executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id)
     return _Run(nodes, catalog, {name: _Record() for name in nodes}, executor, keys)
@@ -1257,6 +1259,7 @@ def _run_job(run: _Run, job: Options) -> None:
         raise RuntimeError(f"{problem}. {remedy}")
     run.records[node.name].attempts = job["attempts"]
     try:
+        _pin_versions(run.catalog, node.inputs, job["run_id"])
         kedro_task(node.name, "")
     finally:
         for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
@@ -1733,8 +1736,6 @@ class PrefectRunner(SequentialRunner):
         """Run the nodes, and raise the exception of the first one that failed."""
         self._flow_run.loading.close()
         checkpoints = self._flow_run.checkpoints
-        if run_id:
-            _pin_versions(catalog, pipeline, run_id)
         if checkpoints:
             # To Kedro, a cache is in memory: `kedro run`, as it advises, would not find the file.
             checkpoints.add_to(catalog, pipeline, pipeline.outputs(), cache=True)
@@ -1744,6 +1745,8 @@ class PrefectRunner(SequentialRunner):
         if self._flow_run.earlier:
             get_run_logger().info("Resuming session %s", run_id)
             resumed = _resume(pipeline, catalog, keys, self._flow_run.earlier)
+            outputs = chain.from_iterable(node.outputs for node in resumed)
+            _pin_versions(catalog, outputs, self._flow_run.run_id)
         left = Pipeline([node for node in pipeline.nodes if node not in resumed])
         executor: _InProcess | _InChildren
         if self._flow_run.make_engine:
@@ -1761,7 +1764,8 @@ class PrefectRunner(SequentialRunner):
             if isinstance(executor, _InChildren) and _is_in_memory(_inner(dataset)):
                 cast("Any", dataset).save(cast("Any", checkpoints).make(name).load())
             elif name not in left.all_outputs() and _is_in_memory(dataset):
-                _give_up(catalog, name)  # an earlier attempt has made it
+                self._logger.warning("%s was only in memory: the run returns None for it", name)
+                _set_dataset(catalog, name, _MemoryDataset(None))
 
     def _run_tasks(
         self,
@@ -1829,8 +1833,8 @@ class PrefectRunner(SequentialRunner):
                 failed.append((node, state))
                 continue
             load_counts.subtract(node.inputs)
-            for name in {*node.inputs, *node.outputs} - kept:  # as Kedro's own runners do
-                if load_counts[name] < 1:
+            for name in dict.fromkeys([*node.inputs, *node.outputs]):  # as Kedro's own runners do
+                if load_counts[name] < 1 and name not in kept:
                     catalog.release(name)
             done_nodes.append(node)
             self._logger.info("Completed node: %s", node.name)
@@ -2001,6 +2005,21 @@ def _keep_generator() -> None:
                 cast("Any", module).random = random.Random()  # noqa: S311  # as it was
 
 
+@functools.cache  # once in a process, for whose life it holds
+def _free_forks() -> None:
+    """Let SIGTERM end what a node forks: Prefect's handler, which it inherits, would not.
+
+    A `multiprocessing.Pool` ends its workers by this signal, and waits for them.
+    """
+
+    def restore() -> None:
+        if _is_of_prefect(cast("Any", signal.getsignal(signal.SIGTERM))):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=restore)
+
+
 def _add_engine(flow_run: _FlowRun, config: _Config, session: Any, options: Options) -> None:
     """Add the checkpoints and the engine that prefect.yml describes."""
     if (place := _place_checkpoints(config, options)).get("url"):
@@ -2083,6 +2102,7 @@ def _run_pipeline(options: Options) -> dict[str, str]:
     """Do what `kedro run` does, and return where each output lives."""
     get_run_logger().info("Initializing Kedro...")
     _keep_generator()
+    _free_forks()
     if cast("Any", FlowRunContext.get()).flow_run.deployment_id:  # and no flow that calls this one
         os.chdir(PROJECT_PATH)
     with ExitStack() as loading:

@@ -62,6 +62,7 @@ ENDS = {
     "sets_an_event_loop": "",
     "writes_bytes": "",
     "forks_a_pool": "",
+    "terminates_a_fork": "",
     "leaves_a_thread": "",
     "writes_at_exit": "",
     "starts_a_program": "",

@@ -23,6 +23,7 @@ from conftest import (
     copy_in,
     eventually,
     fail,
+    kedro_run,
     register,
     register_and_forget,
     run,
@@ -56,7 +57,7 @@ def write_odd_pipeline(project: Path, kind: str) -> None:
         catalog.write(ODD_ENTRY.format("odd", kind, "odd"))
 
 
-@pytest.mark.parametrize("kind", ["Described", "Locking"])
+@pytest.mark.parametrize("kind", ["Described", "Locking", "Asking"])
 def test_datasets_are_made_once_and_may_describe_themselves_as_they_like(
     odd: Path, server: Server, kind: str
 ) -> None:
@@ -339,6 +340,30 @@ def test_an_option_that_the_projects_session_does_not_take_is_refused(
     assert done.returncode == 1
     assert "does not take tags: leave it out" in done.stderr
     assert register(odd, server, "--run").returncode == 0
+
+
+@pytest.mark.outer_lanes
+def test_hooks_may_load_what_the_last_run_has_saved(odd: Path, server: Server) -> None:
+    add_settings(
+        odd, "from tiny.odd_hooks import ComparesVersions", "HOOKS = (ComparesVersions(),)"
+    )
+    for factor in (1, 2):
+        assert register(odd, server, "--run", "--params", f"factor={factor}").returncode == 0
+    noted = (odd / "data/last.txt").read_text()
+    shutil.rmtree(odd / "data/report.pickle")
+    (odd / "data/last.txt").unlink()
+    for factor in (1, 2):
+        assert kedro_run(odd, "--params", f"factor={factor}").returncode == 0
+    assert noted == (odd / "data/last.txt").read_text()
+    assert "'total': 18" in noted, "of the run before"
+
+
+@pytest.mark.skipif(KEDRO_OLD, reason="Kedro 0.18 asks a config loader for more")
+def test_a_config_loader_may_know_nothing_of_prefect_yml(odd: Path, server: Server) -> None:
+    add_settings(odd, "from tiny.odd_loader import Fixed as CONFIG_LOADER_CLASS")
+    done = register(odd, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((odd / "data/total.json").read_text()) == 30
 
 
 SECRET = "hunter2"

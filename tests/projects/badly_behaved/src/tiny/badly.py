@@ -198,6 +198,19 @@ def forks_a_pool(numbers):
         return sum(pool.map(count_in_a_fork, range(40)))
 
 
+def serve():
+    time.sleep(60)
+
+
+def terminates_a_fork(numbers):
+    process = multiprocessing.get_context("fork").Process(target=serve)
+    process.start()
+    time.sleep(0.5)
+    process.terminate()
+    process.join()
+    return process.exitcode
+
+
 def leaves_a_thread(numbers):
     def write():
         time.sleep(2)

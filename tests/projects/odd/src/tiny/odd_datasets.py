@@ -32,3 +32,16 @@ class Locking(Described):
         super().__init__(filepath)
         lock = Path(f"{filepath}.lock")
         lock.touch(exist_ok=False)
+
+
+class Asking(Described):
+    """Has a version of its own, and metadata that it asks a table for."""
+
+    def __init__(self, filepath):
+        super().__init__(filepath)
+        self._version = 7
+
+    @property
+    def metadata(self):
+        """Fail: there is no connection."""
+        raise RuntimeError("no connection")
