@@ -660,15 +660,7 @@ _SHAPE: Options = {
 }  # fmt: skip
 
 
-_DEPLOYMENTS = (
-    "Deployments belong into Prefect's own file prefect.yaml, in the project's root, and are"
-    " registered with `prefect deploy --all`."
-)
-_MOVED = {  # from a section that an earlier copy of this file had, to where it belongs
-    "deployment": _DEPLOYMENTS, "deployments": _DEPLOYMENTS,
-    "flow": "Retries of flow runs are Prefect's settings PREFECT_FLOW_DEFAULT_RETRIES and"
-    " PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS, in job variables or where the flow runs.",
-}  # fmt: skip
+_MOVED = {"deployment", "deployments", "flow"}  # sections that an earlier copy of this file had
 
 
 class _Config(NamedTuple):
@@ -715,7 +707,12 @@ def _read_config(session: Any, options: Options) -> _Config:
     """Read prefect.yml, and check it."""
     found = _load_config(session, options)
     for name in sorted(found.keys() & _MOVED):
-        raise ClickException(f"prefect.yml says how nodes are run. {_MOVED[name]}")
+        problem = f"prefect.yml says how nodes are run, and has no section {name} any more"
+        deployments = (
+            "Deployments belong into Prefect's own file prefect.yaml (`prefect deploy --all`)"
+        )
+        retries = "PREFECT_FLOW_DEFAULT_RETRIES and PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS"
+        raise ClickException(f"{problem}. {deployments}, retries of flow runs to {retries}.")
     shape, section = dict(_SHAPE), found.get("task_runner", {})
     kind = section.get("type", "threads") if isinstance(section, dict) else "threads"
     if kind == "dask":  # which checks what else there is
@@ -762,9 +759,7 @@ def _check_task_names(tasks: Iterable[str]) -> None:
 # ---- Pictures and artifacts: what Prefect's UI shows of a pipeline and of its datasets ----
 
 # In a description of ours, and invisible there: one without this line is somebody's own.
-_MARKER = (
-    "[register_prefect_flow.py]: # (written anew by each registering; to keep it, remove this line)"
-)
+_MARKER = "[register_prefect_flow.py]: # (to keep what you write here, remove this line)"
 
 
 def _plain(text: str) -> str:
@@ -834,24 +829,10 @@ def _without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
 
 
-def _list_layers(pipeline: Pipeline, tasks: dict[str, Options]) -> list[str]:
-    """List the execution layers: what each node reads and writes, and the options of its task."""
-    lines = []
-    for number, layer in enumerate(pipeline.grouped_nodes, start=1):
-        lines.append(f"Layer {number}")
-        for node in layer:
-            about = _task_options(node, tasks) or ""
-            reads, writes = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
-            line = f"{node.name}: {reads} -> {writes} {about}"
-            lines.append("  " + " ".join(line.split()))  # names may have line breaks
-    return lines
-
-
 def _describe(pipeline: Pipeline, options: Options) -> str:
     """Describe what a deployment runs in Markdown."""
     lines = [f"- {name}: {_plain(text)}" for name, text in _without_secrets(options).items()]
-    layers = textwrap.indent("\n".join(_list_layers(pipeline, {})), " " * 4)
-    return "\n".join([*lines, f"\n{_picture(pipeline)}\n", layers, f"\n{_MARKER}"])
+    return "\n".join([*lines, f"\n{_picture(pipeline)}", f"\n{_MARKER}"])
 
 
 def _artifact_key(name: str) -> str:
@@ -1118,7 +1099,8 @@ def _remove_versions(node: Node, catalog: Any) -> None:
     """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
     for name in node.outputs:
         dataset = _inner(_get_dataset(catalog, name))
-        if isinstance(getattr(dataset, "_version", None), kedro_io.Version):
+        is_kedros = isinstance(getattr(dataset, "_version", None), kedro_io.Version)
+        if is_kedros and hasattr(dataset, "_fs"):
             path = str(dataset._get_versioned_path(dataset.resolve_save_version()))
             if dataset._exists_function(path):
                 dataset._fs.rm(path, recursive=True)
@@ -2245,7 +2227,13 @@ def _print_plan(checked: _Checked, config: _Config, options: Options) -> None:
     layers = len(checked.pipeline.grouped_nodes)
     lines = [f"{what}, {where}: {len(checked.pipeline.nodes)} nodes in {layers} layers"]
     lines += [f"  {name}: {value}" for name, value in shown.items()]
-    lines += [*_list_layers(checked.pipeline, config.tasks), "Datasets"]
+    for number, layer in enumerate(checked.pipeline.grouped_nodes, start=1):
+        lines.append(f"Layer {number}")
+        for node in layer:
+            about = _task_options(node, config.tasks) or ""
+            reads, writes = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
+            lines.append(f"  {node.name}: {reads} -> {writes} {about}".rstrip())
+    lines.append("Datasets")
     lines += [f"  {name}: {_where(name, found)}" for name, found in checked.datasets.items()]
     for name, value in config.task_runner.items():
         # Other keys are those of Dask, and may hold anything.

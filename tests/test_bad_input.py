@@ -90,8 +90,8 @@ CASES = [
     # prefect.yml: what a run reads of it.
     yml("flow: [", "(?s)Loading prefect.yml failed.*prefect.yml"),
     yml("- a", "(?s)prefect.yml"),
-    yml("flow: {retries: 1}", "are Prefect.s settings PREFECT_FLOW_DEFAULT_RETRIES"),
-    yml("flow: 3", "are Prefect.s settings"),
+    yml("flow: {retries: 1}", "retries of flow runs to PREFECT_FLOW_DEFAULT_RETRIES"),
+    yml("flow: 3", "has no section flow any more"),
     yml("task_runner: threads", "task_runner is 'threads', and has to be of type dict"),
     yml("task_runner: {type: proceses}", "'proceses'. Did you mean processes"),
     yml("task_runner: {type: 3}", "task_runner.type is 3"),
@@ -122,7 +122,7 @@ CASES = [
     yml("tasks: {double: {retry_delay_seconds: x}}", "retry_delay_seconds is 'x'"),
     # prefect.yml: what belongs into Prefect's own file.
     yml("deployment: {tags: [a]}", "Prefect's own file prefect.yaml"),
-    yml("deployments: [{name: a}]", "registered with `prefect deploy --all`"),
+    yml("deployments: [{name: a}]", "`prefect deploy --all`"),
     # Projects.
     file("pyproject.toml", None, "(?s)as a Kedro project failed.*pyproject.toml"),
     file("pyproject.toml", "[tool.kedro", "(?s)as a Kedro project failed"),

@@ -670,3 +670,100 @@ def test_checkpoints_may_lie_on_s3(server: Server, pool: str, flaky: Path) -> No
         assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
         assert ran(flaky) == ["flaky", "last"]
         assert not list(bucket.objects.all())
+
+
+CLOCK = """
+import time
+
+CONFIG_LOADER_ARGS = {
+    "base_env": "base",
+    "default_run_env": "local",
+    "custom_resolvers": {"now": lambda: str(time.time_ns())},
+}
+"""
+STAMPS = """
+def stamp(stamp):
+    return stamp
+"""
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resolver_that_gives_another_value_each_time_is_one_value_or_an_error(
+    project: Path, server: Server, engine: str
+) -> None:
+    nodes = ", ".join(f"node(stamp, 'params:stamp', '{n}', name='{n}')" for n in ("one", "two"))
+    write_pipeline(project, STAMPS, nodes)
+    (project / "src/tiny/settings.py").write_text(CLOCK)
+    (project / "conf/base/parameters.yml").write_text("stamp: ${now:}\n")
+    catalog = project / "conf/base/catalog.yml"
+    entry = "\n{name}: {{type: json.JSONDataset, filepath: 'data/{name}{clock}.json'}}\n"
+    with catalog.open("a") as file:
+        file.writelines(entry.format(name=name, clock="") for name in ("one", "two"))
+    workers = "max_workers: 2" if engine == "processes" else "n_workers: 2, threads_per_worker: 1"
+    write_config(project, f"task_runner: {{type: {engine}, {workers}}}")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = ((project / f"data/{name}.json").read_text() for name in ("one", "two"))
+    assert one == two
+
+    catalog.write_text(catalog.read_text().replace("data/two.json", "data/two${now:}.json"))
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert "Node 'two' has other inputs, outputs or paths in its process than here" in done.stderr
+    assert not list((project / "data").glob("two1*")), "nothing has been written elsewhere"
+
+
+LINGERING = """
+import os
+import threading
+import time
+from pathlib import Path
+
+
+def linger(numbers):
+    def write():
+        time.sleep(14)
+        Path("data/late.txt").write_text("written")
+
+    threading.Thread(target=write).start()
+    Path("pid.txt").write_text(str(os.getpid()))
+    return 1
+
+
+def after(lingered):
+    for name in ("one", "two"):
+        Path(f"data/{name}.txt").write_text(name)
+    return os.getpid()
+"""
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+def test_a_thread_that_keeps_a_child_is_named_and_awaited(project: Path, server: Server) -> None:
+    nodes = "node(linger, 'numbers', 'lingered', name='linger')"
+    write_pipeline(project, LINGERING, nodes)
+    write_config(project, "task_runner: {type: processes}")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The process that ran node 'linger' goes on, and is waited for" in (
+        done.stdout + done.stderr
+    )
+    assert (project / "data/late.txt").read_text() == "written"
+
+
+def test_an_idle_child_that_has_died_gets_no_node(project: Path) -> None:
+    import register_prefect_flow as script
+
+    children = script._Children(str(project / "register_prefect_flow.py"))
+    first = children._take()
+    children._busy.remove(first)
+    children._idle.append(first)
+    first.kill()
+    assert first.has_ended(timeout=20)
+    second = children._take()
+    assert second is not first
+    second.kill()
+    assert second.has_ended(timeout=20)
+    second.kill()  # its number may be another's by now
