@@ -586,6 +586,7 @@ def _pin_versions(catalog: Any, names: Iterable[str], run_id: str) -> None:
             continue
         if dataset._exists_function(str(dataset._get_versioned_path(run_id))):
             dataset._version = kedro_io.Version(run_id, version.save)
+            dataset.release()  # it remembers versions
 
 
 class _Checked(NamedTuple):
@@ -1010,10 +1011,13 @@ class _InProcess(NamedTuple):
     hook_manager: Any
     is_async: bool
     run_id: str | None
+    is_first: bool  # process and attempt of the run: else others have saved what nodes load
 
     def run(self, node: Node, record: _Record) -> None:
         """Run a node as Kedro does."""
         del record
+        if self.run_id and not self.is_first:
+            _pin_versions(self.catalog, node.inputs, self.run_id)
         _run_node(node, self.catalog, self.hook_manager, self.is_async, self.run_id)
 
     def stop(self) -> None:
@@ -1228,7 +1232,7 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     for name in job["handed_on"]:
         _set_dataset(catalog, name, checkpoints.make(name))
     nodes = {node.name: node for node in pipeline.nodes}
-    executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id)
+    executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id, is_first=False)
     return _Run(nodes, catalog, {name: _Record() for name in nodes}, executor, keys)
 
 
@@ -1241,7 +1245,6 @@ def _run_job(run: _Run, job: Options) -> None:
         raise RuntimeError(f"{problem}. {remedy}")
     run.records[node.name].attempts = job["attempts"]
     try:
-        _pin_versions(run.catalog, node.inputs, job["run_id"])
         kedro_task(node.name, "")
     finally:
         for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
@@ -1638,6 +1641,13 @@ def _longest_path_first(pipeline: Pipeline) -> list[Node]:
     return sorted(behind, key=behind.__getitem__, reverse=True)
 
 
+def _await_end(ended: "queue.SimpleQueue[tuple[Node, Any]]") -> tuple[Node, Any]:
+    """Return the next node that has ended; it waits in steps, so that Prefect can interrupt it."""
+    while True:
+        with suppress(queue.Empty):
+            return ended.get(timeout=1)
+
+
 def _schedule(
     pipeline: Pipeline, start: Callable[..., None], max_workers: int
 ) -> Iterator[tuple[Node, Any]]:
@@ -1659,7 +1669,7 @@ def _schedule(
             start(node, [states[n] for n in needed[node]], lambda end, n=node: ended.put((n, end)))
         if not running and stopped is not None:
             raise stopped
-        node, end = ended.get()
+        node, end = _await_end(ended)
         running -= 1
         if isinstance(end, KeyboardInterrupt):
             raise end
@@ -1727,8 +1737,6 @@ class PrefectRunner(SequentialRunner):
         if self._flow_run.earlier:
             get_run_logger().info("Resuming session %s", run_id)
             resumed = _resume(pipeline, catalog, keys, self._flow_run.earlier)
-            outputs = chain.from_iterable(node.outputs for node in resumed)
-            _pin_versions(catalog, outputs, self._flow_run.run_id)
         left = Pipeline([node for node in pipeline.nodes if node not in resumed])
         executor: _InProcess | _InChildren
         if self._flow_run.make_engine:
@@ -1736,7 +1744,8 @@ class PrefectRunner(SequentialRunner):
             job |= {"run": run, "handed_on": _hand_on(catalog, left, cast("Any", checkpoints))}
             executor = _InChildren(self._flow_run.make_engine(), job, keys, self._task_options)
         else:
-            executor = _InProcess(catalog, hook_manager, self._is_async, run_id)
+            is_first = not self._flow_run.earlier
+            executor = _InProcess(catalog, hook_manager, self._is_async, run_id, is_first)
         with closing(executor):
             self._run_tasks(left, catalog, executor, keys, resumed)
         for name in sorted(pipeline.outputs()):

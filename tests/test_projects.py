@@ -349,6 +349,7 @@ def test_hooks_may_load_what_the_last_run_has_saved(odd: Path, server: Server) -
     )
     for factor in (1, 2):
         assert register(odd, server, "--run", "--params", f"factor={factor}").returncode == 0
+    (odd / "src/tiny/cli.py").unlink()  # or that would be `kedro run`
     noted = (odd / "data/last.txt").read_text()
     shutil.rmtree(odd / "data/report.pickle")
     (odd / "data/last.txt").unlink()
