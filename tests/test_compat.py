@@ -43,6 +43,17 @@ def test_versions_below_the_floor_are_refused_by_name(
     )
 
 
+@pytest.mark.one_lane
+def test_importing_it_with_too_old_a_version_exits_nothing(tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "kedro").mkdir()
+    (tmp_path / "kedro/__init__.py").write_text("__version__ = '0.18.9'\n")
+    code = "try:\n    import register_prefect_flow\nexcept ImportError as error:\n    print(error)"
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "register_prefect_flow.py needs Kedro 0.18.10 or newer, and this is" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [

@@ -109,7 +109,6 @@ HOOKS = (Noting(),)
 """
 
 
-@pytest.mark.outer_lanes
 def test_two_projects_in_one_flow_keep_their_own_hooks(tmp_path: Path, server: Server) -> None:
     paths = []
     for package in ("alpha", "beta"):
@@ -296,7 +295,6 @@ def test_a_service_session_keeps_its_version_in_a_retry(
         assert [path.name for path in (flaky / "data" / name).iterdir()] == [version]
 
 
-@pytest.mark.outer_lanes
 def test_hooks_may_ask_prefect_which_flow_run_it_is(odd: Path, server: Server) -> None:
     add_settings(odd, "from tiny.odd_hooks import AsksPrefect", "HOOKS = (AsksPrefect(),)")
     assert register(odd, server, "--run").returncode == 0
@@ -342,7 +340,6 @@ def test_an_option_that_the_projects_session_does_not_take_is_refused(
     assert register(odd, server, "--run").returncode == 0
 
 
-@pytest.mark.outer_lanes
 def test_hooks_may_load_what_the_last_run_has_saved(odd: Path, server: Server) -> None:
     add_settings(
         odd, "from tiny.odd_hooks import ComparesVersions", "HOOKS = (ComparesVersions(),)"
@@ -376,7 +373,6 @@ task_runner:
 """
 
 
-@pytest.mark.outer_lanes
 def test_nothing_that_is_printed_or_registered_may_be_secret(
     project: Path, server: Server, pool: str
 ) -> None:
@@ -397,7 +393,6 @@ def test_nothing_that_is_printed_or_registered_may_be_secret(
     assert SECRET not in found["description"]
 
 
-@pytest.mark.outer_lanes
 def test_a_missing_parameter_with_a_name_that_is_close_is_noted(project: Path) -> None:
     registry = project / "src/tiny/pipeline_registry.py"
     registry.write_text(registry.read_text().replace("params:factor", "params:facter"))
@@ -418,7 +413,6 @@ def show(numbers):
 """
 
 
-@pytest.mark.outer_lanes
 def test_a_node_may_show_progress_on_a_terminal(project: Path, server: Server) -> None:
     write_pipeline(project, PROGRESS, "node(show, 'numbers', 'total', name='show')")
     screen, terminal = pty.openpty()
