@@ -36,6 +36,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import uuid
 from collections import Counter
@@ -44,9 +45,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from itertools import chain, filterfalse
+from itertools import chain, combinations, filterfalse
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 THIS_FILE = Path(__file__).absolute()
 PROJECT_PATH = THIS_FILE.parent
@@ -925,15 +927,28 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
         return {"filepath": self._filepath}
 
 
+def _key_of_other_machines(section: Options) -> str:
+    """Return the key of task_runner that lets nodes run on other machines; none: nothing."""
+    if urlsplit(str(section.get("address", ""))).hostname not in (
+        None,
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    ):
+        return "address"
+    if not str(section.get("cluster_class", "LocalCluster")).endswith("LocalCluster"):
+        return "cluster_class"
+    return next((key for key in ("scheduler_file", "host") if key in section), "")
+
+
 def _place_checkpoints(config: _Config, options: Options) -> Options:
     """Return where checkpoints lie, and the name of credentials; nothing: there are none."""
     place = options["checkpoints"] or config.checkpoints or {}
     place = dict(place) if isinstance(place, dict) else {"url": place}
-    address = str(config.task_runner.get("address", "local"))
     if not place.get("url") and config.task_runner.get("type", "threads") != "threads":
-        if not re.search(r"^local$|localhost|127\.0\.0\.1|\[::1\]", address):
-            problem = f"prefect.yml: nodes on {address} hand data on in files: say where, with"
-            raise ClickException(f"{problem} checkpoints: <a URL or folder that all reach>")
+        if key := _key_of_other_machines(config.task_runner):
+            problem = f"prefect.yml: with task_runner.{key}, nodes hand data on between machines"
+            raise ClickException(f"{problem}: checkpoints: <a URL or folder that all reach>")
         storage = prefect.settings.PREFECT_LOCAL_STORAGE_PATH.value()
         place["url"] = str(storage / "kedro-checkpoints")
     if place.get("url"):
@@ -1169,7 +1184,6 @@ def init_kedro_tasks_by_execution_layer(
 # Python process does; with all that it has started it is killed when a node is stopped, or when who
 # started it is gone. Dask says which machine has room for one.
 
-_TOPIC = "kedro"  # under which Dask's workers send them
 _PARAMETERS = "params:"  # the checkpoint that hands their values on; no dataset has this name
 # Nothing but messages may come out of a child's stdout, and nothing but jobs into its stdin.
 _CHILD = """
@@ -1184,12 +1198,25 @@ module._be_child(jobs, out)
 """
 
 
-def _same_everywhere(metadata: ProjectMetadata) -> str:
-    """Digest what has to be the same wherever nodes of a run are run."""
+def _fingerprint(metadata: ProjectMetadata) -> dict[str, str]:
+    """Return what has to be the same wherever nodes of a run are run: versions, and code."""
     package = Path(metadata.source_dir) / metadata.package_name
-    files = [THIS_FILE, *sorted(path for path in package.rglob("*.py") if path.is_file())]
-    code = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
-    return _digest(kedro.__version__, sys.version_info[:2], code)
+    files = [THIS_FILE, *(path for path in package.rglob("*.py") if path.is_file())]
+    code = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"Kedro": kedro.__version__, "Python": python, **code}
+
+
+def _check_same(metadata: ProjectMetadata, theirs: dict[str, str]) -> None:
+    """Refuse to run nodes with another version, or with code that is not that of the flow."""
+    loaded = {str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]}
+    for what, found in _fingerprint(metadata).items():
+        if what in ("Kedro", "Python") and found != theirs[what]:
+            problem = f"{what} is {found} on {platform.node()}, and {theirs[what]} in the flow"
+            raise RuntimeError(f"{problem}. Install the same there.")
+        if what in loaded and found != theirs.get(what):  # others may be new, and are not run
+            problem = f"{what} on {platform.node()} is not as it was when the flow run started"
+            raise RuntimeError(f"{problem}. Start the run again; elsewhere, update it first.")
 
 
 class _LogsToFlow(logging.handlers.QueueHandler):
@@ -1215,13 +1242,9 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     for name in (None, *logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name is None or not logger.propagate else []
-    if _same_everywhere(metadata) != job["same"]:
-        here = f"{platform.node()}, Kedro {kedro.__version__} or Python {platform.python_version()}"
-        remedy = "Update them there; if the code has just been changed, start the run again."
-        problem = f"The code of {PROJECT_PATH} on {here} are not those of the flow"
-        raise RuntimeError(f"{problem}. {remedy}")
     options, run_id = job["options"], job["run_id"]
     session, context, pipeline = _open_project(options, _pipeline_names(options))
+    _check_same(metadata, job["same"])
     catalog = _load_catalog(context, options, run_id)
     credentials = _read_credentials(session, options, job["credentials"])
     checkpoints = _Checkpoints(job["folder"], credentials)
@@ -1366,11 +1389,14 @@ class _Children:
     """The children of a flow run on one machine. Sent to Dask's workers by value."""
 
     def __init__(self, script: str) -> None:
-        self.size = os.cpu_count() or 1
         self._script = script
         self._busy: list[Any] = []
         self._idle: list[Any] = []
         self._is_stopped = False
+
+    def capacity(self) -> int:
+        """Return how many nodes this machine can run at once."""
+        return os.cpu_count() or 1
 
     def run(
         self, job: Options, _: Options, is_wanted: Callable[[], bool] = lambda: True
@@ -1444,7 +1470,7 @@ def _log_here(kind: str, payload: bytes) -> None:
         logging.getLogger(record.name).handle(record)
 
 
-def _make_plugin(flow_run: str, script: str) -> Any:
+def _make_plugin(flow_run: str, client_id: str, script: str) -> Any:
     """Make what keeps the children of a flow run on each Dask worker; it is sent by value."""
     distributed: Any = importlib.import_module("distributed")
     if __name__ != "__main__":
@@ -1475,7 +1501,8 @@ def _make_plugin(flow_run: str, script: str) -> Any:
                 return found is not None and found.state != "cancelled"
 
             for message in self._children.run(job, {}, is_wanted):
-                worker.log_event(_TOPIC, (key, message))  # which the scheduler hands on
+                # The scheduler hands it on to this client only, and forgets it with the client.
+                worker.log_event(client_id, (key, message))
 
     return FlowRun()
 
@@ -1485,10 +1512,13 @@ class _Dask:
 
     def __init__(self, script: str, options: Options) -> None:
         distributed = _import("distributed", "distributed", "task_runner.type dask")
-        logging.getLogger("distributed").setLevel(logging.WARNING)
         self._name, self._stack = f"kedro-{uuid.uuid4().hex}", ExitStack()
+        logger, log = logging.getLogger("distributed"), logging.getLogger("kedro")
+        self._stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.WARNING)
         self._said: dict[str, queue.SimpleQueue[Any]] = {}  # by Dask's key of a node
-        self._is_stopped = False
+        where: Any = "this machine"
+        self._is_stopped, self._capacity, self._asked_at = False, 1, 0.0
         try:
             options = dict(options)
             if name := options.pop("cluster_class", None):
@@ -1496,28 +1526,37 @@ class _Dask:
                 make = getattr(_import(module, module.partition(".")[0], name), class_name)
                 cluster = make(**options.pop("cluster_kwargs", {}))
                 options["address"] = self._stack.enter_context(cluster)
-            elif not {"address", "host"} & options.keys():
+            elif not {"address", "host", "scheduler_file"} & options.keys():
                 # One here needs no processes: its workers do nothing but start those of nodes.
                 options = {"processes": False, "memory_limit": 0} | options
                 boards = ("dashboard_address", "worker_dashboard_address")
                 options = dict.fromkeys(boards, "127.0.0.1:0") | options
-            client = distributed.Client(**{"timeout": 20} | options)
+            options = {"timeout": 20} | options
+            where = options.get("address", where)
+            log.info("Waiting up to %s s for Dask workers at %s", options["timeout"], where)
+            client = distributed.Client(**options)
             self._client = self._stack.enter_context(client)
-            client.wait_for_workers(1, timeout=20)
-            client.subscribe_topic(_TOPIC, self._hear)
-            client.register_plugin(_make_plugin(self._name, script))
+            client.wait_for_workers(1, timeout=options["timeout"])
+            client.subscribe_topic(client.id, self._hear)
+            client.register_plugin(_make_plugin(self._name, client.id, script))
         except (OSError, asyncio.TimeoutError, TypeError, ValueError, RuntimeError) as error:
             self._stack.close()
-            where = options.get("address", "this machine")
             problem = f"prefect.yml: there is no Dask cluster with workers at {where}: {error}"
-            remedy = "Start `dask scheduler` and `dask worker`, and give task_runner.address."
-            raise ClickException(f"{problem}. {remedy}") from error
-        self.size = sum(client.nthreads().values())
+            remedy = "Start `dask scheduler` and `dask worker`, and give task_runner.address"
+            raise ClickException(f"{problem}. {remedy}, or a longer timeout.") from error
+
+    def capacity(self) -> int:
+        """Return how many nodes the cluster can run at once; it is asked each second."""
+        if time.monotonic() > self._asked_at + 1:
+            self._asked_at = time.monotonic()
+            with suppress(Exception):  # it is lost, as its nodes will say
+                self._capacity = sum(self._client.nthreads().values()) or 1
+        return self._capacity
 
     def _hear(self, event: Any) -> None:
-        _, (key, message) = event
-        if key in self._said:
-            self._said[key].put(message)
+        _, said = event
+        if isinstance(said, tuple) and said[0] in self._said:  # Dask itself says other things
+            self._said[said[0]].put(said[1])
 
     def run(self, job: Options, resources: Options) -> Iterator[tuple[str, bytes]]:
         """Run a node in a child of the worker that has room, and yield what it says."""
@@ -1549,11 +1588,18 @@ class _Dask:
 
     def close(self) -> None:
         """Let all children end, and wait for them."""
+        name, client_id = self._name, self._client.id
+
+        def forget(dask_scheduler: Any) -> None:
+            dask_scheduler.task_metadata.pop(name, None)
+            if hasattr(dask_scheduler, "_broker"):  # it has log records of this run
+                dask_scheduler._broker.truncate(client_id)
+            else:  # as in 2024.2
+                dask_scheduler.events.pop(client_id, None)
+
         with suppress(Exception):  # there may be no cluster any more
-            self._client.unregister_worker_plugin(name := self._name)
-            self._client.run_on_scheduler(
-                lambda dask_scheduler: dask_scheduler.task_metadata.pop(name, None)
-            )
+            self._client.unregister_worker_plugin(name)
+            self._client.run_on_scheduler(forget)
         self._stack.close()
 
 
@@ -1641,19 +1687,12 @@ def _longest_path_first(pipeline: Pipeline) -> list[Node]:
     return sorted(behind, key=behind.__getitem__, reverse=True)
 
 
-def _await_end(ended: "queue.SimpleQueue[tuple[Node, Any]]") -> tuple[Node, Any]:
-    """Return the next node that has ended; it waits in steps, so that Prefect can interrupt it."""
-    while True:
-        with suppress(queue.Empty):
-            return ended.get(timeout=1)
-
-
 def _schedule(
-    pipeline: Pipeline, start: Callable[..., None], max_workers: int
+    pipeline: Pipeline, start: Callable[..., None], limit: Callable[[], int]
 ) -> Iterator[tuple[Node, Any]]:
     """Start each node when those it needs have ended, and yield it with its state at its end."""
     # One behind a failed one is started as well: Prefect shows it as NotReady, and does not run it.
-    nodes = pipeline.nodes if max_workers == 1 else _longest_path_first(pipeline)
+    nodes = pipeline.nodes if limit() == 1 else _longest_path_first(pipeline)
     position = {node: index for index, node in enumerate(nodes)}
     sorter = TopologicalSorter(needed := pipeline.node_dependencies)
     sorter.prepare()
@@ -1664,12 +1703,15 @@ def _schedule(
     while sorter.is_active():
         for node in sorter.get_ready():
             heapq.heappush(ready, position[node])
-        while ready and running < max_workers and stopped is None:
+        while ready and running < limit() and stopped is None:
             node, running = nodes[heapq.heappop(ready)], running + 1
             start(node, [states[n] for n in needed[node]], lambda end, n=node: ended.put((n, end)))
         if not running and stopped is not None:
             raise stopped
-        node, end = _await_end(ended)
+        try:  # in steps, so that Prefect can interrupt it, and a cluster grow
+            node, end = ended.get(timeout=1)
+        except queue.Empty:
+            continue
         running -= 1
         if isinstance(end, KeyboardInterrupt):
             raise end
@@ -1680,6 +1722,37 @@ def _schedule(
         states[node] = end
         sorter.done(node)
         yield node, end
+
+
+def _check_for_children(pipeline: Pipeline, hook_manager: Any, log: logging.Logger) -> None:
+    """Refuse what would be lost between processes, and warn of what each has for itself."""
+    for node in pipeline.nodes:
+        if lost := sorted(set(node.confirms) - set(node.inputs)):
+            problem = f"Node '{node.name}' confirms {lost[0]}, which another node reads"
+            remedy = "Each has a process of its own: let the node confirm it that reads it"
+            raise ValueError(f"{problem}. {remedy}, or leave out task_runner.type.")
+    for plugin in hook_manager.get_plugins():
+        calls = {call.name for call in hook_manager.get_hookcallers(plugin) or ()}
+        of_nodes = any("node" in name or "dataset" in name for name in calls)
+        if of_nodes and calls & {"before_pipeline_run", "after_pipeline_run"}:
+            name = type(plugin).__qualname__
+            where = "for the pipeline in this process, and for nodes in theirs"
+            effect = "what it sets, opens or collects in one is not there in others"
+            log.warning("Hooks of %s are called %s: %s", name, where, effect)
+
+
+def _warn_of_shared_files(pipeline: Pipeline, catalog: Any, log: logging.Logger) -> None:
+    """Warn of files that several nodes write, if these may run at the same time."""
+    writers: dict[str, list[Node]] = {}
+    for node in pipeline.nodes:
+        for place in {_where(name, _get_dataset(catalog, name)) for name in node.outputs}:
+            writers.setdefault(place, []).append(node)
+    for place, nodes in writers.items():
+        behind = {node: {*pipeline.from_nodes(node.name).nodes} for node in nodes[:-1]}
+        for one, other in combinations(nodes, 2):
+            if "/" in place and other not in behind[one] and one not in behind.get(other, ()):
+                names = f"{one.name} and {other.name}"
+                log.warning("%s may write at the same time: nodes %s", place, names)
 
 
 class PrefectRunner(SequentialRunner):
@@ -1740,6 +1813,7 @@ class PrefectRunner(SequentialRunner):
         left = Pipeline([node for node in pipeline.nodes if node not in resumed])
         executor: _InProcess | _InChildren
         if self._flow_run.make_engine:
+            _check_for_children(pipeline, hook_manager, self._logger)
             job = self._flow_run.job | {"run_id": run_id, "is_async": self._is_async}
             job |= {"run": run, "handed_on": _hand_on(catalog, left, cast("Any", checkpoints))}
             executor = _InChildren(self._flow_run.make_engine(), job, keys, self._task_options)
@@ -1778,9 +1852,17 @@ class PrefectRunner(SequentialRunner):
         has_previews = self._flow_run.has_previews
         _runs[run_key] = _Run(nodes, catalog, records, executor, by_name, has_previews)
         earlier = {_plain_name(n): run for node, run in resumed.items() for n in node.outputs}
-        max_workers = self._count_workers(executor, len(nodes), max(map(len, layers), default=0))
+        limit = self._limit(executor)
+        if limit() > 1:
+            _warn_of_shared_files(pipeline, catalog, self._logger)
+        elif (widest := max(map(len, layers), default=0)) > 1 and not self._max_workers:
+            where = "see task_runner in conf/base/prefect.yml, or max_workers of PrefectRunner"
+            advice = "%d nodes run one at a time. Up to %d could run side by side: %s"
+            self._logger.info(advice, len(nodes), widest, where)
+        # A cluster may grow: there, all nodes get a thread, and the limit is asked for each.
+        threads = limit() if self._max_workers or isinstance(executor, _InProcess) else len(nodes)
         try:
-            with _task_runner(max_workers) as submit:
+            with _task_runner(threads) as submit:
 
                 def start(node: Node, needed: list[Any], report: Callable[[Any], None]) -> None:
                     names = earlier.keys() & map(_plain_name, node.inputs)
@@ -1789,7 +1871,7 @@ class PrefectRunner(SequentialRunner):
                     submit(tasks[node], [*needed, *before.values()], report)
 
                 try:
-                    schedule = _schedule(pipeline, start, max_workers)
+                    schedule = _schedule(pipeline, start, limit)
                     self._follow(schedule, pipeline, catalog, records)
                 except BaseException:
                     executor.stop()  # or nodes that run would be waited for
@@ -1797,16 +1879,13 @@ class PrefectRunner(SequentialRunner):
         finally:
             del _runs[run_key]
 
-    def _count_workers(self, executor: "_InProcess | _InChildren", nodes: int, widest: int) -> int:
-        """Return how many nodes may run at once; say so where one may and more could."""
-        size = executor.engine.size if isinstance(executor, _InChildren) else None
-        by_default = size or (_THREADS and _THREADS.value())
-        max_workers: int = self._max_workers or by_default or 1
-        if widest > max_workers == 1 and not self._max_workers:
-            where = "see task_runner in conf/base/prefect.yml, or max_workers of PrefectRunner"
-            advice = "%d nodes run one at a time. Up to %d could run side by side: %s"
-            self._logger.info(advice, nodes, widest, where)
-        return max_workers
+    def _limit(self, executor: "_InProcess | _InChildren") -> Callable[[], int]:
+        """Return what tells how many nodes may run at once."""
+        if isinstance(executor, _InChildren) and not self._max_workers:
+            capacity: Callable[[], int] = executor.engine.capacity
+            return capacity
+        by_default = self._max_workers or (_THREADS and _THREADS.value()) or 1
+        return lambda: by_default
 
     def _follow(
         self, schedule: Any, pipeline: Pipeline, catalog: Any, records: dict[str, _Record]
@@ -2020,7 +2099,7 @@ def _add_engine(flow_run: _FlowRun, config: _Config, session: Any, options: Opti
         flow_run.job = {"options": options, "folder": folder, "credentials": name}
     kind = config.task_runner.get("type", "threads")
     if kind != "threads":
-        flow_run.job["same"] = _same_everywhere(_bootstrap())
+        flow_run.job["same"] = _fingerprint(_bootstrap())
         of_dask = {k: v for k, v in config.task_runner.items() if k not in _SHAPE["task_runner"]}
         on_dask = functools.partial(_Dask, str(THIS_FILE), of_dask)
         here = functools.partial(_Children, str(THIS_FILE))

@@ -359,9 +359,34 @@ def wait(changed):
     write_config(project, "task_runner: {type: processes, max_workers: 2}")
     done = register(project, server, "--run")
     assert done.returncode == 1
-    assert re.search(
-        r"The code of \S+ on \S+, Kedro .* are not those of the flow", done.stdout + done.stderr
+    changed = (
+        r"tiny/own\.py on \S+ is not as it was when the flow run started\. Start the run again"
     )
+    assert re.search(changed, done.stdout + done.stderr)
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+def test_code_that_a_node_generates_stops_no_other(project: Path, server: Server) -> None:
+    functions = """
+import time
+from pathlib import Path
+
+
+def generate(numbers):
+    Path(__file__).with_name("generated.py").write_text("NUMBER = 1\\n")
+    return 1
+
+
+def wait(generated):
+    time.sleep(2)
+    return 1
+"""
+    nodes = "node(generate, 'numbers', 'generated'), node(wait, 'generated', 'a', name='a'),"
+    write_pipeline(project, functions, nodes + "node(wait, 'generated', 'b', name='b')")
+    write_config(project, "task_runner: {type: processes, max_workers: 2}")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_code_that_is_compared_is_the_projects_package(tmp_path: Path) -> None:
@@ -373,11 +398,20 @@ def test_the_code_that_is_compared_is_the_projects_package(tmp_path: Path) -> No
         (folder / "nodes.py").write_text("")
     (package / ".#nodes.py").symlink_to("nowhere")  # as editors lock a file
     metadata = SimpleNamespace(source_dir=tmp_path, package_name="tiny")
-    before = script._same_everywhere(metadata)
+    before = script._fingerprint(metadata)
     (tmp_path / ".venv/nodes.py").write_text("changed")
-    assert script._same_everywhere(metadata) == before
+    assert script._fingerprint(metadata) == before
     (package / "nodes.py").write_text("changed")
-    assert script._same_everywhere(metadata) != before
+    assert script._fingerprint(metadata) != before
+
+
+def test_a_difference_of_versions_is_named() -> None:
+    import register_prefect_flow as script
+
+    metadata = SimpleNamespace(source_dir=Path("/nowhere"), package_name="tiny")
+    theirs = script._fingerprint(metadata) | {"Python": "3.9"}
+    with pytest.raises(RuntimeError, match=r"Python is 3\.1\S+ on \S+, and 3\.9 in the flow"):
+        script._check_same(metadata, theirs)
 
 
 def test_a_machine_without_the_project_is_named() -> None:
@@ -411,7 +445,15 @@ def test_mistakes_are_named_when_registering(project: Path, config: str, message
     ("config", "message"),
     [
         ("checkpoints: {url: x, credentials: key}", "There are no credentials 'key'"),
-        ("task_runner: {type: dask, address: 'tcp://10.1.2.3:8786'}", "in files: say where"),
+        *(
+            (f"task_runner: {{type: dask, {key}: {value}}}", f"with task_runner.{key}, nodes hand")
+            for key, value in {
+                "address": "'tcp://10.1.2.3:8786'",
+                "scheduler_file": "/shared/scheduler.json",
+                "host": "10.1.2.3",
+                "cluster_class": "dask_jobqueue.SLURMCluster",
+            }.items()
+        ),
     ],
 )
 def test_mistakes_are_named_in_a_run(
@@ -528,7 +570,16 @@ def left_on(port: int) -> dict[str, Any]:
         tasks = client.run_on_scheduler(
             lambda dask_scheduler: [*dask_scheduler.tasks, *dask_scheduler.task_metadata]
         )
-        return {"workers": client.run(look), "tasks": tasks}
+        # What a worker says of a node is its key, and a kind of message with its content.
+        events = client.run_on_scheduler(
+            lambda dask_scheduler: [
+                event
+                for topic in dask_scheduler._broker._topics.values()
+                for _, event in topic.events
+                if isinstance(event, tuple)
+            ]
+        )
+        return {"workers": client.run(look), "tasks": tasks, "events": events}
 
 
 @pytest.mark.slow
@@ -566,6 +617,7 @@ def test_a_dask_cluster_serves_projects_side_by_side_and_stays_as_it_was(
     eventually(lambda: not children())
     left = left_on(dask_port)
     assert left["tasks"] == []
+    assert left["events"] == []
     assert all(found == ([], []) for found in left["workers"].values()), left
 
 
@@ -767,3 +819,120 @@ def test_an_idle_child_that_has_died_gets_no_node(project: Path) -> None:
     second.kill()
     assert second.has_ended(timeout=20)
     second.kill()  # its number may be another's by now
+
+
+CONFIRMING = """
+def read(incoming):
+    return sorted(incoming)
+
+
+def confirm(news):
+    return len(news)
+"""
+
+
+@pytest.mark.one_lane
+def test_a_node_that_confirms_what_another_reads_is_refused(project: Path, server: Server) -> None:
+    nodes = (
+        "node(read, 'incoming', 'news', name='read'),"
+        "node(confirm, 'news', 'total', name='confirm', confirms='incoming')"
+    )
+    write_pipeline(project, CONFIRMING, nodes)
+    (project / "data/incoming").mkdir()
+    (project / "data/incoming/monday.json").write_text("1")
+    with (project / "conf/base/catalog.yml").open("a") as catalog:
+        dataset = (
+            "{type: partitions.IncrementalDataset, path: data/incoming, dataset: json.JSONDataset}"
+        )
+        catalog.write(f"\nincoming: {dataset}\n")
+    write_config(project, "task_runner: {type: processes}")
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert "Node 'confirm' confirms incoming, which another node reads" in done.stderr
+    assert not (project / "data/total.json").exists(), "nothing has been run"
+
+
+SAME_FILE = """
+def one(numbers):
+    return 1
+
+
+def two(numbers):
+    return 2
+
+
+def three(one):
+    return 3
+"""
+
+
+@pytest.mark.one_lane
+def test_hooks_of_all_processes_and_files_of_several_nodes_are_warned_of(
+    project: Path, server: Server
+) -> None:
+    nodes = (
+        "node(one, 'numbers', 'book_one', name='one'),"
+        "node(two, 'numbers', 'book_two', name='two'),"
+        "node(three, 'book_one', 'book_three', name='three')"
+    )
+    write_pipeline(project, SAME_FILE, nodes)
+    with (project / "conf/base/catalog.yml").open("a") as catalog:
+        for name in ("one", "two", "three"):
+            catalog.write(f"\nbook_{name}: {{type: json.JSONDataset, filepath: data/book.json}}\n")
+    write_config(project, "task_runner: {type: processes, max_workers: 2}")
+    done = register(project, server, "--run")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    said = re.findall(r"book\.json may write at the same time: nodes (\w+) and (\w+)", output)
+    assert {frozenset(pair) for pair in said} == {
+        frozenset({"one", "two"}),
+        frozenset({"three", "two"}),
+    }
+    assert len(re.findall("Hooks of Recorder are called for the pipeline in this", output)) == 2
+
+    write_config(project, "")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stderr
+    assert "may write at the same time" not in done.stdout + done.stderr
+
+
+MEETING = """
+import time
+from pathlib import Path
+
+
+def meet(name):
+    def wait(numbers):
+        Path(f"started_{name}").touch()
+        for _ in range(900):
+            if len(list(Path().glob("started_*"))) > 1:
+                return 1
+            time.sleep(0.1)
+        raise TimeoutError("alone")
+
+    return wait
+"""
+
+
+@pytest.mark.slow
+@with_dask
+def test_more_nodes_run_at_once_when_the_cluster_has_grown(
+    project: Path, server: Server, tmp_path: Path
+) -> None:
+    nodes = ", ".join(f"node(meet('{n}'), 'numbers', 'of_{n}', name='{n}')" for n in "abc")
+    write_pipeline(project, MEETING, nodes)
+    with dask_cluster(tmp_path) as (port, processes):
+        stop(processes.pop())
+        write_config(project, f"task_runner: {{type: dask, address: 'tcp://127.0.0.1:{port}'}}")
+        command = [sys.executable, project / "register_prefect_flow.py", "--run"]
+        flow = server.start(command, "growing", project, server.env)
+        eventually(lambda: list(project.glob("started_*")))
+        time.sleep(2)
+        assert len(list(project.glob("started_*"))) == 1
+        worker = ["worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-dashboard"]
+        processes.append(
+            subprocess.Popen([str(BIN / "dask"), *worker], cwd=tmp_path, start_new_session=True)
+        )
+        assert flow.wait(timeout=120) == 0, (server.folder / "growing.log").read_text()[-3000:]
+    log = (server.folder / "growing.log").read_text()
+    assert "Waiting up to 20 s for Dask workers at tcp://127.0.0.1:" in log
