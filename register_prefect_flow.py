@@ -89,13 +89,12 @@ for _name, _found, _floor in (
     ("Prefect", prefect.__version__, "3.2" if _PREFECT_3 else "2.10.17"),
 ):
     if _version(_found) < _version(_floor):
-        _needs = f"{THIS_FILE.name} needs {_name} {_floor} or newer"
-        _problem = f"{_needs}, and this is {_name} {_found}."
+        _text = f"{THIS_FILE.name} needs {_name} {_floor} or newer, and this is {_name} {_found}."
         if _name != "Python":
-            _problem += f" pip install '{_name.lower()}>={_floor}'"
+            _text += f" pip install '{_name.lower()}>={_floor}'"
         if __name__ == "__main__":
-            sys.exit(f"Error: {_problem}")
-        raise ImportError(_problem)
+            sys.exit(f"Error: {_text}")
+        raise ImportError(_text)
 
 from kedro import io as kedro_io
 from kedro.config import AbstractConfigLoader, MissingConfigException
@@ -178,9 +177,9 @@ def _load_catalog(context: Any, options: Options, run_id: str) -> Any:
     """Make the catalog as `kedro run` does."""
     if names := _pipeline_names(options):  # whose parameters Kedro 1.7 checks
         context._pipelines_to_validate = names
-    arguments = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
-    arguments |= {"save_version": run_id, "load_versions": options["load_versions"]}
-    return context._get_catalog(**arguments)
+    own = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
+    versions = options["load_versions"]
+    return context._get_catalog(save_version=run_id, load_versions=versions, **own)
 
 
 def _run_session(session: Any, runner: SequentialRunner, options: Options, run_id: str) -> None:
@@ -261,23 +260,21 @@ if _PREFECT_3:
         with runner if max_workers > 1 else nullcontext():
             yield start
 
-    async def _save_deployment(
-        flow: Any, name: str, fields: Options, existing: Any, for_agent: bool
-    ) -> Any:
+    async def _save_deployment(flow: Any, name: str, fields: Options, old: Any, agent: bool) -> Any:
         """Create or update a deployment; what is not set stays as it is on the server."""
-        del for_agent  # Prefect 3 has none
+        del agent  # Prefect 3 has none
         fields["parameter_openapi_schema"] = parameter_schema(flow).model_dump(exclude_unset=True)
         async with get_client() as client:
-            if existing:
-                await client.update_deployment(existing.id, DeploymentUpdate(**fields))
-                return existing.id
+            if old:
+                await client.update_deployment(old.id, DeploymentUpdate(**fields))
+                return old.id
             flow_id = await client.create_flow_from_name(flow.name)
             return await client.create_deployment(flow_id, name, **fields)
 
 else:
     _AGENT_POOL_TYPE = "prefect-agent"  # Agents gave way to workers in Prefect 2.16.4.
-    _HAS_AGENTS = _version(prefect.__version__) < (2, 16, 4)
-    _SUGGESTED_POOL_TYPE = _AGENT_POOL_TYPE if _HAS_AGENTS else "process"
+    _IS_LATE = _version(prefect.__version__) >= (2, 16, 4)
+    _SUGGESTED_POOL_TYPE = "process" if _IS_LATE else _AGENT_POOL_TYPE
 
     @contextmanager
     def _task_runner(max_workers: int) -> Iterator[Callable[..., None]]:
@@ -290,21 +287,19 @@ else:
 
         yield start
 
-    async def _save_deployment(
-        flow: Any, name: str, fields: Options, existing: Any, for_agent: bool
-    ) -> Any:
+    async def _save_deployment(flow: Any, name: str, fields: Options, old: Any, agent: bool) -> Any:
         """Create or replace a deployment; what is not set is sent as it is on the server."""
         accepted = inspect.signature(PrefectClient.create_deployment).parameters
         kept = {"version", "tags", "description", "paused", "enforce_parameter_schema"}
         kept |= {"schedules"} if "schedules" in accepted else {"schedule", "is_schedule_active"}
-        there: Options = {each: getattr(existing, each) for each in kept if hasattr(existing, each)}
+        there: Options = {each: getattr(old, each) for each in kept if hasattr(old, each)}
         if "schedules" in there:  # Prefect 2.16 brought several
             from prefect.client.schemas.actions import DeploymentScheduleCreate as Schedule
 
             of_server = there["schedules"]
             there["schedules"] = [Schedule(schedule=s.schedule, active=s.active) for s in of_server]
         fields = there | fields | {"parameter_openapi_schema": parameter_schema(flow).dict()}
-        if for_agent:  # for which job variables hold in infrastructure blocks only
+        if agent:  # for which job variables hold in infrastructure blocks only
             from prefect.infrastructure import Process
 
             fields["infrastructure_document_id"] = await Process()._save(is_anonymous=True)
@@ -493,9 +488,10 @@ def _pipeline_names(options: Options) -> list[str]:
 
 def _accepted(*methods: Any) -> set[str]:
     """Name the parameters of methods of a session; **kwargs stands for those of Kedro's own."""
-    found = {each for method in methods for each in inspect.signature(method).parameters.values()}
+    signatures = [*map(inspect.signature, methods)]
+    found = list(chain.from_iterable(each.parameters.values() for each in signatures))
     if any(each.kind is each.VAR_KEYWORD for each in found):
-        found |= {*inspect.signature(KedroSession.run).parameters.values()}
+        found += inspect.signature(KedroSession.run).parameters.values()
     return {each.name for each in found}
 
 
