@@ -570,13 +570,13 @@ def left_on(port: int) -> dict[str, Any]:
         tasks = client.run_on_scheduler(
             lambda dask_scheduler: [*dask_scheduler.tasks, *dask_scheduler.task_metadata]
         )
-        # What a worker says of a node is its key, and a kind of message with its content.
+        # What a worker says of a node is its key, and a message: Dask says other things.
         events = client.run_on_scheduler(
             lambda dask_scheduler: [
                 event
                 for topic in dask_scheduler._broker._topics.values()
                 for _, event in topic.events
-                if isinstance(event, tuple)
+                if isinstance(event, tuple) and isinstance(event[1], tuple)
             ]
         )
         return {"workers": client.run(look), "tasks": tasks, "events": events}
