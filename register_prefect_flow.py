@@ -1244,11 +1244,13 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
     catalog = _load_catalog(context, options, run_id)
     credentials = _read_credentials(session, options, job["credentials"])
     checkpoints = _Checkpoints(job["folder"], credentials)
-    for name, value in checkpoints.make(_PARAMETERS).load().items():
-        _set_dataset(catalog, name, _MemoryDataset(value))
+    handed_on = {*job["handed_on"]}
+    if _PARAMETERS in handed_on:
+        for name, value in checkpoints.make(_PARAMETERS).load().items():
+            _set_dataset(catalog, name, _MemoryDataset(value))
     keys = {node.name: _task_key(node, catalog, job["run"]) for node in pipeline.nodes}
     checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
-    for name in job["handed_on"]:
+    for name in handed_on - {_PARAMETERS}:
         _set_dataset(catalog, name, checkpoints.make(name))
     nodes = {node.name: node for node in pipeline.nodes}
     executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id, is_first=False)
@@ -1660,7 +1662,7 @@ _started: Counter[str] = Counter()
 
 
 def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> list[str]:
-    """Put parameters, and what hooks have put in memory, into checkpoints; name the latter."""
+    """Put parameters, and what hooks have put in memory, into checkpoints, and name these."""
     values, names = {}, []
     for name in sorted(pipeline.inputs()):
         dataset: Any = _get_dataset(catalog, name)
@@ -1670,7 +1672,9 @@ def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> lis
             else:
                 checkpoints.make(name).save(dataset.load())
                 names.append(name)
-    checkpoints.make(_PARAMETERS).save(values)
+    if values:
+        checkpoints.make(_PARAMETERS).save(values)
+        names.append(_PARAMETERS)
     return names
 
 

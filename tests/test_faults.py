@@ -571,8 +571,8 @@ def test_flow_runs_that_start_in_the_same_millisecond_have_versions_of_their_own
     (flaky / "mended").touch()
     with (flaky / "src/tiny/settings.py").open("a") as settings:
         settings.write(
-            "import kedro.framework.session.session as session\n"
-            "session.generate_timestamp = lambda: '2026-11-25T03.00.00.000Z'\n"
+            "import kedro.io.core as core\n"
+            "core.generate_timestamp = lambda: '2026-11-25T03.00.00.000Z'\n"
         )
     deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
     flow_runs = [server.start_run(deployment) for _ in range(2)]
