@@ -1007,7 +1007,7 @@ class _Run(NamedTuple):
     catalog: Any
     records: dict[str, _Record]  # by node name
     executor: "_InProcess | _InChildren"
-    keys: dict[str, str]  # by node name
+    keys: Options | None = None  # in a child, by node name
     has_previews: bool = False
 
 
@@ -1260,7 +1260,7 @@ def _open_run(job: Options, say: Callable[..., None]) -> _Run:
 def _run_job(run: _Run, job: Options) -> None:
     """Run a node in a child, if it is the same node there as in the flow."""
     node = run.nodes[job["node"]]
-    if run.keys[node.name] != job["key"]:
+    if cast("Options", run.keys)[node.name] != job["key"]:
         problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
         remedy = "Does a resolver give another value each time? Put the value into a parameter."
         raise RuntimeError(f"{problem}. {remedy}")
@@ -1848,9 +1848,8 @@ class PrefectRunner(SequentialRunner):
             node_task.task_key = keys[node]
         nodes = {node.name: node for node in pipeline.nodes}
         records = {name: _Record() for name in nodes}
-        by_name = {node.name: keys[node] for node in pipeline.nodes}
         has_previews = self._flow_run.has_previews
-        _runs[run_key] = _Run(nodes, catalog, records, executor, by_name, has_previews)
+        _runs[run_key] = _Run(nodes, catalog, records, executor, has_previews=has_previews)
         earlier = {_plain_name(n): run for node, run in resumed.items() for n in node.outputs}
         limit = self._limit(executor)
         if limit() > 1:
