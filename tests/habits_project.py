@@ -94,7 +94,6 @@ JSON = [
     "read_named",
     "late_sum",
     "late_text",
-    "started",
 ]
 for _name in JSON:
     CATALOG += f"\n{_name}:\n  type: json.JSONDataset\n  filepath: data/{_name}.json\n"
@@ -394,26 +393,6 @@ def rest(seconds):
     return sleep
 
 
-def start_and_leave():
-    # What goes on when the node has ended, and holds the run's output open.
-    import multiprocessing
-    import subprocess
-    import sys
-
-    import joblib
-
-    started = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid]
-    started += joblib.Parallel(n_jobs=2)(joblib.delayed(os.getpid)() for _ in range(4))
-    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-    fork.start()
-    multiprocessing.process._children.discard(fork)  # or it would be waited for
-    pids = sorted({*started, fork.pid})
-    Path("pids.txt").write_text(" ".join(map(str, pids)))
-    if Path("wait").exists():
-        time.sleep(600)
-    return len(pids)
-
-
 def from_name(lines):
     return lines
 """
@@ -505,9 +484,6 @@ def register_pipelines():
         "handed on": pipeline([
             node(sum, "late_in", "late_sum", name="sum_late"),
             node(lambda late: late, "params:late", "late_text", name="late_text"),
-        ]),
-        "leaving": pipeline([
-            node(nodes.start_and_leave, None, "started", name="start_and_leave"),
         ]),
         "names": pipeline([
             node(nodes.to_name, None, "named", name="to_name"),
