@@ -12,36 +12,43 @@ import json
 import logging
 import os
 import pickle
-import queue
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 JOB = json.loads(sys.argv[1])
 PROJECT = Path(JOB["project"])
 os.chdir(PROJECT)
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "src")]
+
+from prefect.logging.configuration import setup_logging  # noqa: E402
+
+setup_logging()  # before Kedro, whose configuration takes the place of Prefect's
+PREFECTS = logging.getLogger().handlers[:]
 
 import numpy as np  # noqa: E402
-import prefect  # noqa: E402
+from bench.pipeline_registry import times  # noqa: E402  # when each node began and ended
 from dags import SHAPES, WORKERS, best_schedule  # noqa: E402
 from kedro.framework.project import LOGGING  # noqa: E402
 from kedro.framework.session import KedroSession  # noqa: E402
-from prefect import flow, task  # noqa: E402
+from kedro.framework.startup import bootstrap_project  # noqa: E402
+from prefect import flow, get_client, get_run_logger, task  # noqa: E402
+from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.logging.handlers import APILogHandler  # noqa: E402
+from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
-import register_prefect_flow as script  # noqa: E402
+from register_prefect_flow import my_flow  # noqa: E402
 
 LOGGING.configure(dict(LOGGING))  # as in a worker, where Kedro comes after Prefect
-KEDROS_HANDLERS = logging.getLogger().handlers[:]
-PARAMETERS = {
-    name: p.default for name, p in inspect.signature(script.my_flow.fn).parameters.items()
-}
-script._bootstrap()
-
-from bench.pipeline_registry import times  # noqa: E402  # when each node began and ended
+DRAWN = logging.getLogger().handlers[:]  # Kedro's own, with Rich
+PLAIN: list[logging.Handler] = [logging.StreamHandler()]  # about as the script's lines
+PLAIN[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s - %(message)s"))
+PARAMETERS = {name: p.default for name, p in inspect.signature(my_flow.fn).parameters.items()}
+LINES = 5  # that Kedro logs for a node with an input and an output
 
 entered = [0.0]  # when the last run began
 Rounds = list[dict[str, float]]
@@ -51,7 +58,7 @@ lags: list[float] = []  # how long after each flow run its task runs were record
 async def count_recorded(flow_run_id: Any) -> int:
     """Count the task runs of a flow run that the server knows to have ended."""
     this_run = {"id": {"any_": [str(flow_run_id)]}}
-    async with prefect.get_client() as client:
+    async with get_client() as client:
         answer = await client._client.post(
             "/task_runs/count",
             json={"flow_runs": this_run, "task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}},
@@ -80,11 +87,11 @@ def began() -> None:
     entered[0] = time.perf_counter()
 
 
-def in_flow(function: Callable[[], Any], tasks: int) -> float:
+def in_flow(function: Callable[[], Any], tasks: int, **options: Any) -> float:
     """Time a function in a flow: without what Prefect does before and after, to a whole second."""
     took: list[float] = []
 
-    @flow
+    @flow(**options)
     def any_flow() -> None:
         began()
         function()
@@ -93,7 +100,7 @@ def in_flow(function: Callable[[], Any], tasks: int) -> float:
     state: Any = any_flow(return_state=True)
     assert state.is_completed(), state
     await_recorder(state.state_details.flow_run_id, tasks)
-    script.APILogHandler().flush()  # or the next one pays for what is left of this one's log lines
+    APILogHandler().flush()  # or the next one pays for what is left of this one's log lines
     return took[0]
 
 
@@ -102,44 +109,56 @@ def count(pipeline: str) -> int:
 
 
 def run_ours(pipeline: str, env: str = "base") -> float:
-    """Run my_flow's function."""
+    """Run my_flow's function; in the Kedro environment `default`, nodes run one at a time."""
     parameters = {**PARAMETERS, "pipeline_name": pipeline, "env": env}
-    return in_flow(lambda: script.my_flow.fn(**parameters), count(pipeline) + 1)
+    return in_flow(lambda: my_flow.fn(**parameters), count(pipeline) + 1)
 
 
-def run_kedro(pipeline: str, handlers: list[logging.Handler] = KEDROS_HANDLERS) -> float:
-    """Do what `kedro run` does, with the log lines that it prints, or with others."""
+@contextmanager
+def printed_by(handlers: list[logging.Handler]) -> Iterator[None]:
+    """Let log lines look as these handlers print them."""
     logger = logging.getLogger()
-    logger.handlers, ours = handlers[:], logger.handlers
+    logger.handlers, others = handlers[:], logger.handlers
+    yield
+    logger.handlers = others
+
+
+def run_kedro(pipeline: str, handlers: list[logging.Handler] = DRAWN) -> float:
+    """Do what `kedro run` does, with the log lines that it prints, or with others."""
     began()
-    with KedroSession.create(project_path=PROJECT, env="base") as session:
-        name = "pipeline_names" if script._KEDRO_1 else "pipeline_name"
-        session.run(**{name: [pipeline] if script._KEDRO_1 else pipeline})
-    seconds = time.perf_counter() - entered[0]
-    logger.handlers = ours
-    return seconds
+    with printed_by(handlers), KedroSession.create(project_path=PROJECT, env="base") as session:
+        session.run(pipeline_names=[pipeline])
+    return time.perf_counter() - entered[0]
 
 
-def run_bare(pipeline: str) -> float:
-    """Run as many tasks that do the same, without Kedro and dependencies."""
-    milliseconds = int(pipeline.split("_")[2])
+def run_bare(pipeline: str, workers: int, lines: int = 0) -> float:
+    """Run as many tasks that do and need the same, without Kedro: in threads, or called."""
+    shape, number, milliseconds = pipeline.split("_")
+    needed = SHAPES[shape](int(number))
 
     @task(persist_result=False)
-    def wait() -> None:
+    def bare(number: int) -> None:
         start = time.perf_counter()
-        if milliseconds:
-            time.sleep(milliseconds / 1000)
+        for line in range(lines):
+            get_run_logger().info("Line %d of what a node's task says: task %d", line, number)
+        if milliseconds != "0":
+            time.sleep(int(milliseconds) / 1000)
         times.append((start, time.perf_counter()))
 
-    def run() -> None:
-        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with script._task_runner(WORKERS) as start:
-            for _ in range(count(pipeline)):
-                start(wait, [], ended.put)
-            for _ in range(count(pipeline)):
-                ended.get()
+    def call_all() -> None:
+        for number in needed:
+            bare(number, return_state=True)
 
-    return in_flow(run, count(pipeline))
+    def submit_all() -> None:
+        futures: dict[int, PrefectFuture[None]] = {}
+        for number, others in needed.items():
+            futures[number] = bare.submit(number, wait_for=[futures[other] for other in others])
+        for future in futures.values():
+            future.wait()
+
+    run, runner = call_all if workers == 1 else submit_all, ThreadPoolTaskRunner(workers)
+    with printed_by(PREFECTS):
+        return in_flow(run, count(pipeline), task_runner=runner)
 
 
 def run_recipe(pipeline: str) -> float:
@@ -162,44 +181,26 @@ def until_first_node() -> float:
     return min(start for start, _ in times) - entered[0]
 
 
-def overhead(pipeline: str, rounds: int) -> Rounds:
-    """Nodes that do nothing: ours, Kedro alone, and Prefect alone."""
-    run_ours("grid_100_0"), run_kedro("grid_100_0"), run_bare("grid_100_0")
-    return [
-        {
-            "kedro": run_kedro(pipeline),
-            "kedro, plain lines": run_kedro(pipeline, logging.getLogger().handlers),
-            "ours": run_ours(pipeline),
-            "recorded": lags[-1],  # how long after the run's end
-            "bare": run_bare(pipeline),
-        }
-        for _ in range(rounds)
-    ]
-
-
-def default(pipeline: str, rounds: int) -> Rounds:
-    """Nodes that do nothing, one at a time: ours, Kedro alone, and Prefect's tasks called."""
-
-    @task(persist_result=False)
-    def nothing() -> None:
-        return None
-
-    def call_all() -> None:
-        for _ in range(count(pipeline)):
-            nothing(return_state=True)
-
-    def run_bare_one_by_one() -> float:
-        return in_flow(call_all, count(pipeline))
-
-    run_ours(pipeline, env="default"), run_kedro(pipeline), run_bare_one_by_one()
-    return [
-        {
-            "kedro, plain lines": run_kedro(pipeline, logging.getLogger().handlers),
-            "ours": run_ours(pipeline, env="default"),
-            "bare": run_bare_one_by_one(),
-        }
-        for _ in range(rounds)
-    ]
+def overhead(pipeline: str, rounds: int, in_env: str, drawn: bool) -> Rounds:
+    """Nodes that do nothing: ours, Kedro alone, and Prefect alone, with log lines and without."""
+    workers = 1 if in_env == "default" else WORKERS
+    runs = {
+        "kedro, plain lines": lambda name: run_kedro(name, PLAIN),
+        **({"kedro": run_kedro} if drawn else {}),
+        "ours": lambda name: run_ours(name, in_env),
+        "bare": lambda name: run_bare(name, workers),
+        "bare, with lines": lambda name: run_bare(name, workers, LINES),
+    }
+    for run in reversed(runs.values()):  # ours before Kedro, for it opens the project
+        run("grid_100_0")
+    found = []
+    for _ in range(rounds):
+        found.append({})
+        for name, run in runs.items():
+            found[-1][name] = run(pipeline)
+            if name == "ours":
+                found[-1]["recorded"] = lags[-1]  # how long after the run's end
+    return found
 
 
 def growth(pipeline: str) -> dict[str, float]:
@@ -217,7 +218,11 @@ def schedule(pipeline: str, rounds: int, others: list[str]) -> Rounds:
     """Nodes that wait: the best schedule, ours, and bare tasks or the documented recipe."""
     shape, number, milliseconds = pipeline.split("_")
     best = best_schedule(SHAPES[shape](int(number))) * int(milliseconds) / 1000
-    runs = {"ours": run_ours, "bare": run_bare, "recipe": run_recipe}
+    runs: dict[str, Callable[[str], float]] = {
+        "ours": run_ours,
+        "bare": lambda name: run_bare(name, WORKERS),
+        "recipe": run_recipe,
+    }
     run_ours("grid_100_0")
     return [
         {"best": best, **{name: timed(runs[name], pipeline) for name in ["ours", *others]}}
@@ -225,14 +230,13 @@ def schedule(pipeline: str, rounds: int, others: list[str]) -> Rounds:
     ]
 
 
-def recipe(pipeline: str) -> float:
-    """Nodes that wait, in the documented recipe."""
-    return timed(run_recipe, pipeline)
-
-
 def memory(pipeline: str, how: str) -> float:
     """The most memory that the process ever had, in bytes."""
-    {"ours": run_ours, "kedro": run_kedro}[how](pipeline)
+    if how == "kedro":
+        bootstrap_project(PROJECT)
+        run_kedro(pipeline)
+    else:
+        run_ours(pipeline)
     return peak_memory()
 
 
@@ -246,15 +250,24 @@ def start(pipeline: str, rounds: int) -> Rounds:
         return time.perf_counter() - entered[0]
 
     def ours() -> float:
+        run_ours(pipeline, env="default")
+        return until_first_node()
+
+    def in_threads() -> float:
         run_ours(pipeline)
         return until_first_node()
 
     def kedro_run() -> float:
-        run_kedro(pipeline)
+        run_kedro(pipeline, PLAIN)
         return until_first_node()
 
-    load(), ours(), kedro_run()
-    return [{"load": load(), "ours": ours(), "kedro": kedro_run()} for _ in range(rounds)]
+    def bare() -> float:
+        run_bare(pipeline, workers=1)
+        return until_first_node()
+
+    runs = {"ours": ours, "load": load, "kedro": kedro_run, "threads": in_threads, "bare": bare}
+    found = [{name: run() for name, run in runs.items()} for _ in range(1 + rounds)]  # one is cold
+    return [{**one, "floor": one["kedro"] + one["bare"]} for one in found[1:]]
 
 
 def run_on_prefects_own(engine: str, pipeline: str) -> float:
@@ -312,7 +325,7 @@ def resume(pipeline: str, rounds: int) -> Rounds:
         def any_flow(took: Any = took) -> None:
             began()
             try:
-                script.my_flow.fn(**parameters)
+                my_flow.fn(**parameters)
             finally:
                 took.append((time.perf_counter() - entered[0], len(times)))
 
@@ -325,34 +338,33 @@ def resume(pipeline: str, rounds: int) -> Rounds:
 
 
 def checkpoint(pipeline: str, rounds: int) -> Rounds:
-    """Write and read an array of 200 MB: as a checkpoint, and with pickle alone."""
+    """Hand on an array from node to node, each in a child; and write and read it with pickle."""
     data = np.ones(25_000_000)
-    path = PROJECT / "data/array.pickle"
+    path, log = PROJECT / "data/array.pickle", PROJECT / "data/handed_on.jsonl"
 
-    def ours() -> None:
-        made = script._Checkpoint(str(PROJECT / "data"), {}, "array")
-        made.save(data)
-        made.load()
+    def ours() -> float:
+        log.unlink(missing_ok=True)
+        run_ours(pipeline, env="processes")
+        # All processes of a machine have the same clock.
+        (_, made), (used, _) = map(json.loads, log.read_text().splitlines())
+        return float(used - made)
 
-    def plain() -> None:
+    def plain() -> float:
+        start = time.perf_counter()
         with path.open("wb") as file:
             pickle.dump(data, file, protocol=pickle.HIGHEST_PROTOCOL)
         with path.open("rb") as file:
             pickle.load(file)
-
-    def seconds(function: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        function()
         return time.perf_counter() - start
 
     ours(), plain()
-    return [{"ours": seconds(ours), "pickle": seconds(plain)} for _ in range(3 * rounds)]
+    return [{"ours": ours(), "pickle": plain()} for _ in range(rounds)]
 
 
-def level(pipeline: str) -> float:
-    """A run at the logging level that the environment sets."""
-    run_ours("grid_100_0")
-    return run_ours(pipeline)
+def one_run(pipeline: str, in_env: str = "base") -> float:
+    """A run in a process that has run something before."""
+    run_ours("grid_100_0", in_env)
+    return run_ours(pipeline, in_env)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Pipelines named by shape, number of nodes and milliseconds of waiting."""
