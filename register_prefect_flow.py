@@ -7,7 +7,8 @@ Copy this file into the root of a Kedro project, next to pyproject.toml. Then
     python register_prefect_flow.py --work_pool_name X   # register it, for agents and workers
 
 Everything is checked before anything is registered. In a flow run a failing node stops only those
-that need its output. Everything else is what `kedro run` does, because Kedro does it.
+that need its output. Everything else is what
+`kedro run --env base` does, because Kedro does it.
 
 It takes over from https://docs.kedro.org/en/0.18.10/deployment/prefect.html.
 """
@@ -42,18 +43,20 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from graphlib import TopologicalSorter
 from itertools import chain, combinations, filterfalse
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 THIS_FILE = Path(__file__).absolute()
 PROJECT_PATH = THIS_FILE.parent
 if __name__ == "__main__":
-    # As with `kedro run`: and Kedro looks for conf/logging.yml when it is imported.
+    # As with `kedro run`. Kedro looks for conf/logging.yml here when it is imported.
     os.chdir(PROJECT_PATH)
 
 import click
@@ -62,18 +65,15 @@ import prefect
 from click import ClickException
 
 __version__ = "1.0.0"
-Options = dict[str, Any]
+Options = dict[str, Any]  # of a run: what `kedro run` may be told, and what the flow takes
 FILTERS = (
     "tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs", "namespaces",
 )  # fmt: skip
-NAMES_SHOWN = 50  # in an error that lists what there is
+NAMES_SHOWN = 50  # in a message that lists what there is
 TEXT_SHOWN, LOG_SHOWN = 10_000, 100_000  # characters of an exception, of a log line, in Prefect
 PREVIEW_SHOWN = 1_000_000  # characters of a dataset's preview that Prefect shows and stores
 NODES_DRAWN, NAME_DRAWN = 300, 22  # nodes in a picture of a pipeline, characters of a name
 SERVER_TIMEOUT = 10  # seconds in which a Prefect server has to answer
-
-
-# ---- Compatibility: whatever differs between versions has one name and one signature here ----
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -99,10 +99,13 @@ for _name, _found, _floor in (
 from kedro import io as kedro_io
 from kedro.config import AbstractConfigLoader, MissingConfigException
 from kedro.framework import project as kedro_project
-from kedro.framework.cli import utils as cli
+from kedro.framework.cli.utils import _split_load_versions as split_load_versions
+from kedro.framework.cli.utils import _split_params as split_params
+from kedro.framework.cli.utils import split_node_names, split_string
 from kedro.framework.project import pipelines, settings
 from kedro.framework.session import KedroSession
-from kedro.framework.startup import ProjectMetadata, _get_project_metadata, bootstrap_project
+from kedro.framework.startup import ProjectMetadata, bootstrap_project
+from kedro.framework.startup import _get_project_metadata as get_project_metadata
 from kedro.logging import RichHandler
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
@@ -115,6 +118,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
+
+# ---- Compatibility: what differs between versions, and what is private, has one name here ----
 
 try:  # Kedro 0.19.10 put Task in the place of run_node, which 1.0 removed.
     from kedro.runner import Task as _KedroTask
@@ -134,13 +139,13 @@ _MemoryDataset: Any = vars(kedro_io).get("MemoryDataset", vars(kedro_io).get("Me
 
 def _filter_pipeline(pipeline: Pipeline, options: Options) -> Pipeline:
     filters = {name: options[name] for name in FILTERS}
-    spaces = filters.pop("namespaces")  # Kedro 1.0 brought the plural
+    spaces = filters.pop("namespaces")  # Kedro 1.0 brought the plural.
     own = {"node_namespaces": spaces} if _KEDRO_1 else {"node_namespace": next(iter(spaces), None)}
     return pipeline.filter(**filters, **own)
 
 
 def _request_pipelines(names: list[str]) -> None:
-    """Tell Kedro 1.5 and newer to load these pipelines only; none: all."""
+    """Tell Kedro 1.5 and newer to load these pipelines only; without names, all."""
     if hasattr(pipelines, "set_requested"):
         pipelines.set_requested(names or None)
 
@@ -151,7 +156,7 @@ def _session_class() -> Any:
 
 
 def _create_session(env: str, conf_source: str, runtime_params: Options) -> Any:
-    """Make a session as `kedro run` does; those of another kind take runtime parameters later."""
+    """Make a session as `kedro run` does; one of another class takes runtime parameters later."""
     arguments: Options = {"conf_source": conf_source} if conf_source else {}
     if issubclass(_session_class(), KedroSession):
         arguments["runtime_params" if _KEDRO_1 else "extra_params"] = runtime_params
@@ -159,41 +164,53 @@ def _create_session(env: str, conf_source: str, runtime_params: Options) -> Any:
 
 
 def _adopt_run_id(session: Any, run_id: str) -> None:
-    """Let it be the version of what a session saves; those of another kind take it later."""
+    """Let a session save as this version; one of another class takes the run id in `run`."""
     if isinstance(session, KedroSession):
-        stored = session.store | {"session_id": run_id}
-        session.session_id = run_id
-        session._store = session._init_store()  # a store may be a file with this id in its name
-        session._store.update(stored)
+        session.session_id = session._store["session_id"] = session._store._session_id = run_id
 
 
-def _call_with_params(method: Any, options: Options) -> Any:
-    """Call a method of a session, which may be of the kind that takes the parameters only now."""
+def _with_params(method: Any, options: Options) -> Any:
+    """Call a method of a session, which may be of the class that takes the parameters here."""
     takes_them = "runtime_params" in inspect.signature(method).parameters
     return method(**{"runtime_params": options["runtime_params"]} if takes_them else {})
 
 
+def _config_loader(session: Any, options: Options) -> Any:
+    """Return the project's config loader, without the context, whose hooks the run calls."""
+    return _with_params(session._get_config_loader, options)
+
+
 def _load_catalog(context: Any, options: Options, run_id: str) -> Any:
     """Make the catalog as `kedro run` does."""
-    if names := _pipeline_names(options):  # whose parameters Kedro 1.7 checks
-        context._pipelines_to_validate = names
+    if names := _pipeline_names(options):
+        context._pipelines_to_validate = names  # Kedro 1.7 checks the parameters of these.
     own = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
     versions = options["load_versions"]
     return context._get_catalog(save_version=run_id, load_versions=versions, **own)
 
 
-def _run_session(session: Any, runner: SequentialRunner, options: Options, run_id: str) -> None:
-    """Pass on what `kedro run` passes on, for hooks get to see it."""
-    accepted, names = _accepted(session.run), _pipeline_names(options)
-    arguments = options | {
-        "run_id": run_id,
-        "tags": tuple(options["tags"]),
-        "node_names": tuple(options["node_names"]),
-        "namespace": next(iter(options["namespaces"]), None),
-        "pipeline_names": names,  # Kedro 1.2
-        "pipeline_name": None if "pipeline_names" in accepted else next(iter(names), None),
-    }
-    session.run(runner=runner, **{name: arguments[name] for name in accepted & arguments.keys()})
+def _run_arguments(options: Options, run_id: str = "") -> Options:
+    """Return what `kedro run` passes to the project's session; refuse what that does not take."""
+    parameters = inspect.signature(_session_class().run).parameters
+    accepted = {*parameters}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        accepted |= {*inspect.signature(KedroSession.run).parameters}
+    names = (*FILTERS, "load_versions", "only_missing_outputs")
+    arguments = {name: options[name] for name in names}
+    arguments |= {"tags": tuple(options["tags"]), "node_names": tuple(options["node_names"])}
+    arguments["pipeline_names"] = _pipeline_names(options)
+    if not issubclass(_session_class(), KedroSession):
+        arguments |= {"runtime_params": options["runtime_params"]}
+    # Kedro 1.0 brought several namespaces, and 1.2 several pipelines.
+    for plural in {"pipeline_names", "namespaces"} - accepted:
+        if not arguments[plural][1:]:
+            arguments[plural.removesuffix("s")] = next(iter(arguments.pop(plural)), None)
+    for name, value in arguments.items():
+        if value and name not in accepted:
+            problem = f"{_session_class().__name__} of Kedro {kedro.__version__} does not take"
+            raise ClickException(f"{problem} {name} {value}: leave it out, or change that.")
+    arguments["run_id"] = run_id
+    return {name: value for name, value in arguments.items() if name in accepted}
 
 
 def _get_dataset(catalog: Any, name: str) -> Any | None:
@@ -210,26 +227,98 @@ def _catalog_names(catalog: Any) -> list[str]:
 
 
 def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
-    (vars(catalog).get("_datasets") or catalog._data_sets).pop(name, None)  # or Kedro warns
+    # Kedro warns of a name that is replaced.
+    vars(catalog).get("_datasets", vars(catalog).get("_data_sets")).pop(name, None)
     (catalog.__setitem__ if _KEDRO_1 else catalog.add)(name, dataset)
 
 
 def _is_in_memory(dataset: Any | None) -> bool:
-    old = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")  # 0.18 had no mark for it
-    return dataset is None or bool(getattr(dataset, "_EPHEMERAL", old))
+    """Tell whether what a dataset has is lost with the process; Kedro 0.18 had no mark for it."""
+    by_name = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")
+    return dataset is None or bool(getattr(dataset, "_EPHEMERAL", by_name))
+
+
+def _copy_mode(dataset: Any | None) -> Any:
+    return getattr(dataset, "_copy_mode", None)
+
+
+def _inner(dataset: Any | None) -> Any:
+    """Return what a cache is of; every other dataset as it is."""
+    return dataset._dataset if isinstance(dataset, _CachedDataset) else dataset
+
+
+def _is_missing(dataset: Any) -> bool:
+    """Tell whether a dataset has nothing saved; one that cannot tell counts as having it."""
+    can_tell = not _is_in_memory(dataset) and type(dataset)._exists is not _Dataset._exists
+    return can_tell and not dataset.exists()
+
+
+def _saved_path(dataset: Any, version: str = "") -> str:
+    """Return where a dataset has saved this version, or its own, if Kedro versions it."""
+    # Datasets of other packages use the name _version for something else.
+    if not isinstance(getattr(dataset, "_version", None), kedro_io.Version):
+        return ""
+    path = str(dataset._get_versioned_path(version or dataset.resolve_save_version()))
+    return path if dataset._exists_function(path) else ""
+
+
+def _pin_versions(node: Node, catalog: Any, run_id: str) -> None:
+    """Let a node load what this run has saved, even if another run has saved since."""
+    for name in node.inputs:
+        dataset = _inner(_get_dataset(catalog, name))
+        if _saved_path(dataset, run_id) and not dataset._version.load:
+            dataset._version = kedro_io.Version(run_id, dataset._version.save)
+            dataset.release()  # It remembers which version is the newest.
+
+
+def _remove_versions(node: Node, catalog: Any) -> None:
+    """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
+    for name in node.outputs:
+        dataset = _inner(_get_dataset(catalog, name))
+        if (path := _saved_path(dataset)) and hasattr(dataset, "_fs"):
+            dataset._fs.rm(path, recursive=True)
+            dataset.release()  # It remembers which version it has saved.
+
+
+def _path(dataset: Any) -> str:
+    """Return the file or URL of a dataset, if its description has one."""
+    described = dataset._describe()
+    described = described if isinstance(described, dict) else {}  # some return a text
+    filepath, protocol = described.get("filepath", ""), described.get("protocol", "file")
+    return str(filepath if protocol == "file" else f"{protocol}://{filepath}")
+
+
+def _preview_method(dataset: Any) -> Any:
+    return getattr(dataset, "preview", None) or dataset._preview  # as kedro-datasets 1 calls it
+
+
+def _hook_manager(session: Any) -> Any:
+    return session._hook_manager
 
 
 def _report_end(report: Callable[[Any], None], future: Any) -> None:
     """Wait for a task, and report its state, or what kept it from having one."""
     try:
-        state = future.wait()  # in Prefect 3 it returns nothing
+        state = future.wait()  # In Prefect 3 it returns nothing.
         report(future.state if state is None else state)
     except BaseException as error:
         report(error)
 
 
-# Prefect 2 lacks this setting.
-_THREADS: Any = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
+def _forget_events(topic: str, dask_scheduler: Any) -> None:
+    """Let a Dask scheduler forget what was logged, as it does an hour after a client has left."""
+    if hasattr(dask_scheduler, "_broker"):  # distributed 2024.3 brought it.
+        dask_scheduler._broker.truncate(topic)
+    else:
+        dask_scheduler.events.pop(topic, None)
+
+
+def _default_workers(otherwise: int = 1) -> int:
+    """Return how many tasks run at once by Prefect's setting, which Prefect 2 lacks."""
+    name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
+    setting: Any = getattr(prefect.settings, name, None)
+    return (setting and setting.value()) or otherwise
+
 
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentUpdate
@@ -240,35 +329,36 @@ if _PREFECT_3:
     _AGENT_POOL_TYPE, _SUGGESTED_POOL_TYPE = "", "process"
 
     @contextmanager
-    def _task_runner(max_workers: int) -> Iterator[Callable[..., None]]:
-        """Yield what runs a task, behind states of others: if one worker does, in this thread."""
+    def _task_submitter(max_workers: int) -> Iterator[Callable[..., None]]:
+        """Yield what runs a task after others, given their states; one worker is this thread."""
         runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
 
-        def start(task: Any, needed: list[Any], report: Callable[[Any], None]) -> None:
-            # Prefect loads the result behind each state, which earlier runs have not kept: one that
-            # failed is enough to wait for, and edges can be drawn without.
-            failed: list[Any] = [state for state in needed if not state.is_completed()]
-            ids = {state.state_details.task_run_id for state in needed}
-            about: Any = {"parameters": {}, "wait_for": failed[:1] or [None]}
-            about["dependencies"] = {"wait_for": {TaskRunResult(id=each) for each in ids}}
+        def submit(node_task: Any, upstream: list[Any], report: Callable[[Any], None]) -> None:
+            # Prefect loads the result behind each state it waits for, and an earlier attempt has
+            # kept none. One that failed makes a task NotReady. For edges ids are enough, but
+            # Prefect reads them only where it has something to wait for: None stands for that.
+            failed: list[Any] = [state for state in upstream if not state.is_completed()]
+            ids = {state.state_details.task_run_id for state in upstream}
+            arguments: Any = {"parameters": {}, "wait_for": failed[:1] or [None]}
+            arguments["dependencies"] = {"wait_for": {TaskRunResult(id=each) for each in ids}}
             if max_workers == 1:
-                report(run_task(task, return_type="state", **about))
+                report(run_task(node_task, return_type="state", **arguments))
             else:
-                future = runner.submit(task, **about)
+                future = runner.submit(node_task, **arguments)
                 future.add_done_callback(functools.partial(_report_end, report))
 
         with runner if max_workers > 1 else nullcontext():
-            yield start
+            yield submit
 
-    async def _save_deployment(flow: Any, name: str, fields: Options, old: Any, agent: bool) -> Any:
+    async def _save_deployment(new: Any, name: str, fields: Any, old: Any, agent: bool) -> Any:
         """Create or update a deployment; what is not set stays as it is on the server."""
-        del agent  # Prefect 3 has none
-        fields["parameter_openapi_schema"] = parameter_schema(flow).model_dump(exclude_unset=True)
+        del agent  # Prefect 3 has none.
+        fields["parameter_openapi_schema"] = parameter_schema(new).model_dump(exclude_unset=True)
         async with get_client() as client:
             if old:
                 await client.update_deployment(old.id, DeploymentUpdate(**fields))
                 return old.id
-            flow_id = await client.create_flow_from_name(flow.name)
+            flow_id = await client.create_flow_from_name(new.name)
             return await client.create_deployment(flow_id, name, **fields)
 
 else:
@@ -277,68 +367,74 @@ else:
     _SUGGESTED_POOL_TYPE = "process" if _IS_LATE else _AGENT_POOL_TYPE
 
     @contextmanager
-    def _task_runner(max_workers: int) -> Iterator[Callable[..., None]]:
-        del max_workers  # nobody but PrefectRunner limits how many tasks are submitted
+    def _task_submitter(max_workers: int) -> Iterator[Callable[..., None]]:
+        del max_workers  # Prefect 2 starts a thread for each; the scheduler here limits them.
 
-        def start(task: Any, needed: list[Any], report: Callable[[Any], None]) -> None:
-            future = task.submit(wait_for=needed)
-            # Futures have no callbacks before Prefect 3: a thread waits for each of the few.
+        def submit(node_task: Any, upstream: list[Any], report: Callable[[Any], None]) -> None:
+            future = node_task.submit(wait_for=upstream)
+            # Its futures have no callbacks: a thread waits for each of the few.
             threading.Thread(target=_report_end, args=(report, future), daemon=True).start()
 
-        yield start
+        yield submit
 
-    async def _save_deployment(flow: Any, name: str, fields: Options, old: Any, agent: bool) -> Any:
+    async def _save_deployment(new: Any, name: str, fields: Any, old: Any, agent: bool) -> Any:
         """Create or replace a deployment; what is not set is sent as it is on the server."""
         accepted = inspect.signature(PrefectClient.create_deployment).parameters
         kept = {"version", "tags", "description", "paused", "enforce_parameter_schema"}
         kept |= {"schedules"} if "schedules" in accepted else {"schedule", "is_schedule_active"}
-        there: Options = {each: getattr(old, each) for each in kept if hasattr(old, each)}
-        if "schedules" in there:  # Prefect 2.16 brought several
+        existing: Any = {each: getattr(old, each) for each in kept if hasattr(old, each)}
+        if "schedules" in existing:  # Prefect 2.16 brought several.
             from prefect.client.schemas.actions import DeploymentScheduleCreate as Schedule
 
-            of_server = there["schedules"]
-            there["schedules"] = [Schedule(schedule=s.schedule, active=s.active) for s in of_server]
-        fields = there | fields | {"parameter_openapi_schema": parameter_schema(flow).dict()}
-        if agent:  # for which job variables hold in infrastructure blocks only
+            schedules = existing["schedules"]
+            existing["schedules"] = [
+                Schedule(schedule=s.schedule, active=s.active) for s in schedules
+            ]
+        fields = existing | fields | {"parameter_openapi_schema": parameter_schema(new).dict()}
+        if agent:  # For an agent, job variables hold in infrastructure blocks only.
             from prefect.infrastructure import Process
 
             fields["infrastructure_document_id"] = await Process()._save(is_anonymous=True)
-        if "job_variables" not in accepted:  # Prefect 2.19 renamed them
+        if "job_variables" not in accepted:  # Prefect 2.19 renamed them.
             fields["infra_overrides"] = fields.pop("job_variables")
         async with get_client() as client:
-            flow_id = await client.create_flow_from_name(flow.name)
+            flow_id = await client.create_flow_from_name(new.name)
             return await client.create_deployment(flow_id, name, **fields)
 
 
-# ---- Errors: what a user can mend is one message without a traceback ----
+# ---- Errors: what a user can fix is one message without a traceback ----
 
 
-def _need_engines(what: str) -> None:
-    """Refuse what is not tried with older versions of Kedro and Prefect."""
+def _require_versions(feature: str) -> None:
+    """Refuse what is not tested with older versions of Kedro and Prefect, or on Windows."""
+    if os.name != "posix":
+        raise ClickException(f"{feature} needs Linux or macOS: leave it out.")
     for package, floor in ((kedro, "0.19"), (prefect, "3.2")):
         name = package.__name__
         if _version(package.__version__) < _version(floor):
-            problem = f"{what} needs {name.title()} {floor} or newer, and this is {name.title()}"
+            problem = f"{feature} needs {name.title()} {floor} or newer, and this is {name.title()}"
             remedy = f"leave it out, or pip install '{name}>={floor}'"
             raise ClickException(f"{problem} {package.__version__}: {remedy}")
 
 
 def _unknown(problem: str, name: str, names: Iterable[str], kind: str, remedy: str = "") -> Any:
-    """Return an error with names that are spelled like the one asked for, and those there are."""
+    """Return an error with the names that are spelled like the one asked for, and all others."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    there = f" The {kind} are: {', '.join(names[:NAMES_SHOWN]) or 'none'}{more}."
-    return ClickException(problem + hint + there + remedy)
+    listed = f" The {kind} are: {', '.join(names[:NAMES_SHOWN]) or 'none'}{more}."
+    return ClickException(problem + hint + listed + remedy)
 
 
-def _import(name: str, package: str, what: str) -> Any:
-    """Import what is needed by those only who use it."""
+def _import_optional(module: str, package: str, feature: str) -> Any:
+    """Import what only those need who use a feature."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError as error:
-        problem = f"prefect.yml: {what} needs {package}, which is not installed where the flow runs"
+        problem = (
+            f"prefect.yml: {feature} needs {package}, which is not installed where the flow runs"
+        )
         raise ClickException(f'{problem}: pip install "{package}"') from error
 
 
@@ -350,13 +446,13 @@ def _project_errors(doing: str) -> Iterator[None]:
     except ClickException:
         raise
     except Exception as error:
-        where = ""
+        place = ""
         for frame in traceback.extract_tb(error.__traceback__):
             path = Path(frame.filename)
-            is_ours = path == THIS_FILE or path.is_relative_to(sys.prefix)  # may be in the project
-            if path.is_relative_to(PROJECT_PATH) and not is_ours:
-                where = f"\n  at {path}, line {frame.lineno}"
-        message = f"{doing} failed.\n  {type(error).__name__}: {error}{where}"
+            is_other = path == THIS_FILE or path.is_relative_to(sys.prefix)  # a venv in the project
+            if path.is_relative_to(PROJECT_PATH) and not is_other:
+                place = f"\n  at {path}, line {frame.lineno}"
+        message = f"{doing} failed.\n  {type(error).__name__}: {error}{place}"
         raise ClickException(message) from error
 
 
@@ -385,6 +481,45 @@ def _call_api(coroutine: Coroutine[Any, Any, Any], timeout: float | None = None)
         return thread.submit(contextvars.copy_context().run, asyncio.run, call).result()
 
 
+def _writable(text: str) -> str:
+    """Return a text that can be written as UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return _writable(str(error))
+    except Exception as broken:
+        return f"no text, for making it raises {type(broken).__name__}"
+
+
+def _stand_in(module: str, name: str, text: str) -> Exception:
+    """Make an exception that looks like one that cannot be passed on."""
+    return cast("Exception", type(name, (Exception,), {"__module__": module})(text))
+
+
+def _storable(error: BaseException) -> Exception:
+    """Return an exception that Prefect can print and store, and end a task with.
+
+    Prefect fails at a text that is no Unicode, and stores a long one several times. What is no
+    Exception would end more than the task, and Prefect 2 waits for ever after a StopIteration.
+    """
+    trace, text = "".join(traceback.format_exception(error)), _text_of(error)
+    is_short = len(text) <= TEXT_SHOWN and len(trace) <= LOG_SHOWN
+    ends_loops = isinstance(error, (StopIteration, StopAsyncIteration))
+    if isinstance(error, Exception) and is_short and trace == _writable(trace) and not ends_loops:
+        return error
+    if len(text) > TEXT_SHOWN:
+        text = f"{text[:TEXT_SHOWN]}... (cut: {len(text)} characters)"
+    stand_in = _stand_in(type(error).__module__, type(error).__name__, text)
+    return stand_in.with_traceback(error.__traceback__)
+
+
+def _is_of_prefect(what: Any) -> bool:
+    """Tell whether a class or function is Prefect's."""
+    return str(getattr(what, "__module__", "")).partition(".")[0] == "prefect"
+
+
 # ---- Project: environment, pipeline, catalog ----
 
 
@@ -394,7 +529,7 @@ _loading = threading.Lock()
 
 def _bootstrap() -> ProjectMetadata:
     """Let this be the project that Kedro has open: a process may run flows of several."""
-    metadata = _get_project_metadata(PROJECT_PATH)
+    metadata = get_project_metadata(PROJECT_PATH)
     if metadata.package_name != kedro_project.PACKAGE_NAME:
         bootstrap_project(PROJECT_PATH)
         _log_plain_lines()
@@ -402,14 +537,18 @@ def _bootstrap() -> ProjectMetadata:
 
 
 def _log_plain_lines() -> None:
-    """Where the output is no terminal, let Kedro's handler write lines as they are."""
-    handlers = logging.getLogger().handlers
-    for index, handler in enumerate(handlers):
-        # Into a file, Kedro's Rich handler would draw each line in a millisecond.
-        if isinstance(handler, RichHandler) and not handler.console.is_terminal:
-            with suppress(AttributeError):  # and a worker stops reading at what is no UTF-8
+    """Where the output is no terminal, let lines of Kedro's own Rich handler stay whole.
+
+    It would break each at 80 columns, and draw it for a millisecond. A handler that the project has
+    configured stays as it is.
+    """
+    root, of_project = logging.getLogger(), kedro_project.LOGGING.get("handlers", {})
+    for index, handler in enumerate(root.handlers):
+        is_kedros = {*of_project.get(handler.name, {})} <= {"class", "level", "rich_tracebacks"}
+        if type(handler) is RichHandler and is_kedros and not handler.console.is_terminal:
+            with suppress(AttributeError):  # A worker stops reading at what is not UTF-8.
                 cast("Any", handler.console.file).reconfigure(errors="backslashreplace")
-            handlers[index] = plain = logging.StreamHandler(handler.console.file)
+            root.handlers[index] = plain = logging.StreamHandler(handler.console.file)
             plain.setLevel(handler.level)
             layout = "%(asctime)s | %(levelname)-7s | %(name)s - %(message)s"
             plain.setFormatter(logging.Formatter(layout))
@@ -418,8 +557,8 @@ def _log_plain_lines() -> None:
 def _flow_name() -> str:
     """Name the flow after the project's package: on one server, projects must not share a flow."""
     try:
-        return _get_project_metadata(PROJECT_PATH).package_name
-    except (RuntimeError, ValueError):  # not in a Kedro project: prefect_deploy says so
+        return get_project_metadata(PROJECT_PATH).package_name
+    except (RuntimeError, ValueError):  # This is no Kedro project, as prefect_deploy will say.
         return "my_flow"
 
 
@@ -433,7 +572,7 @@ def _check_telemetry() -> None:
             raise ClickException(f"{problem}: cp .telemetry.example .telemetry")
 
 
-def _locate_conf(options: Options) -> str:
+def _conf_source(options: Options) -> str:
     """Return the folder, archive or URL of the configuration; a path is relative to the project."""
     conf: str = options["conf_source"] or settings.CONF_SOURCE
     return conf if "://" in conf else str(PROJECT_PATH / conf)
@@ -442,42 +581,52 @@ def _locate_conf(options: Options) -> str:
 def _environment(options: Options) -> str:
     """Return the environment; `base` is the project's base environment, whatever its name is."""
     env: str = options["env"] or os.environ.get("KEDRO_ENV") or "base"
-    if env == "base" and not Path(_locate_conf(options), env).is_dir():
+    if env == "base" and not Path(_conf_source(options), env).is_dir():
         return str(settings.CONFIG_LOADER_ARGS.get("base_env", env))
     return env
 
 
 def _check_environment(options: Options) -> None:
-    conf, env = Path(_locate_conf(options)), _environment(options)
+    conf, env = Path(_conf_source(options)), _environment(options)
     if options["conf_source"] and "://" not in options["conf_source"] and not conf.exists():
         raise ClickException(f"There is no configuration at {conf}: give another conf_source")
     # A project's own config loader may keep environments elsewhere than in folders.
     loader = settings.CONFIG_LOADER_CLASS
     is_own = loader.__base__ is AbstractConfigLoader and not loader.__module__.startswith("kedro.")
     if conf.is_dir() and not (conf / env).is_dir() and not is_own:
-        there = [path.name for path in conf.iterdir() if path.is_dir() and path.name[0] != "."]
+        folders = [path.name for path in conf.iterdir() if path.is_dir() and path.name[0] != "."]
         problem = f"Environment '{env}' has no folder {conf / env}."
-        raise _unknown(problem, env, there, "environments")
+        raise _unknown(problem, env, folders, "environments")
+
+
+def _other_environment(options: Options) -> str:
+    """Say that a run leaves out an environment that `kedro run` reads, if it has anything."""
+    other = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
+    env = _environment(options)
+    if other == env or not any(Path(_conf_source(options), other).glob("**/*.y*ml")):
+        return ""
+    problem = f"Environment {env} was read. `kedro run` reads environment {other}, too"
+    return f"{problem}: try --env {other}."
 
 
 def _open_session(options: Options) -> Any:
     """Make the Kedro session of a run; it loads nothing yet."""
-    conf_source = options["conf_source"] and _locate_conf(options)
+    # What shapes the pipelines may be read from the context: an earlier run's are of no use.
+    pipelines.configure(f"{kedro_project.PACKAGE_NAME}.pipeline_registry")
+    conf_source = options["conf_source"] and _conf_source(options)
     with _project_errors("Making a Kedro session"):
         return _create_session(_environment(options), conf_source, options["runtime_params"])
 
 
-def _read_credentials(session: Any, options: Options, name: str) -> Options:
+def _read_credentials(session: Any, options: Options, name: str) -> dict[str, Any]:
     """Return an entry of credentials.yml; without a name, nothing."""
-    if not name:
-        return {}
-    found: Options = {}
+    entries: dict[str, Any] = {}
     with suppress(MissingConfigException):
-        found = _call_with_params(session._get_config_loader, options)["credentials"]
-    if name not in found:
+        entries = _config_loader(session, options)["credentials"] if name else {}
+    if name and name not in entries:
         problem = f"There are no credentials '{name}' in environment '{_environment(options)}'."
-        raise _unknown(problem, name, found, "credentials")
-    return cast("Options", found[name])
+        raise _unknown(problem, name, entries, "credentials")
+    return cast("dict[str, Any]", entries.get(name, {}))
 
 
 def _pipeline_names(options: Options) -> list[str]:
@@ -486,44 +635,13 @@ def _pipeline_names(options: Options) -> list[str]:
     return [] if names == ["__default__"] else names
 
 
-def _accepted(*methods: Any) -> set[str]:
-    """Name the parameters of methods of a session; **kwargs stands for those of Kedro's own."""
-    signatures = [*map(inspect.signature, methods)]
-    found = list(chain.from_iterable(each.parameters.values() for each in signatures))
-    if any(each.kind is each.VAR_KEYWORD for each in found):
-        found += inspect.signature(KedroSession.run).parameters.values()
-    return {each.name for each in found}
-
-
-def _check_options(options: Options) -> None:
-    """Refuse options that this Kedro, or the project's own session, does not take."""
-    taken = _accepted(_session_class().create, _session_class().run) | {"env", "checkpoints"}
-    names, namespaces = _pipeline_names(options), options["namespaces"]
-    one_of = {  # what the session may call it; the singular takes one only
-        "pipeline_name": {"pipeline_names", *([] if names[1:] else ["pipeline_name"])},
-        "namespaces": {"namespaces", *([] if namespaces[1:] else ["namespace"])},
-        "runtime_params": {"runtime_params", "extra_params"},
-    }
-    for name, value in (options | {"pipeline_name": names}).items():
-        if value and not taken & one_of.get(name, {name}):
-            what = f"{name} '{options[name]}'" if name in ("pipeline_name", "namespaces") else name
-            kind = f"{_session_class().__name__} of Kedro {kedro.__version__}"
-            raise ClickException(f"{kind} does not take {what}: leave it out, or change that.")
-
-
 def _is_parameter(name: str) -> bool:
     return name == "parameters" or name.startswith("params:")
 
 
-def _plain_name(dataset: str) -> str:
+def _without_transcoding(dataset_name: str) -> str:
     """Return a dataset's name without the transcoding."""
-    return dataset.partition("@")[0]
-
-
-def _namespaces(node: Node) -> set[str]:
-    """Return the namespaces that a node is in: for a.b, that is a and a.b."""
-    parts = (node.namespace or "").split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)} - {""}
+    return dataset_name.partition("@")[0]
 
 
 def _load_pipeline(options: Options) -> Pipeline:
@@ -540,54 +658,20 @@ def _load_pipeline(options: Options) -> Pipeline:
     try:
         return _filter_pipeline(sum(found, Pipeline([])), options)
     except ValueError as error:
-        filters = ", ".join(
-            f"{name} {','.join(options[name])}" for name in FILTERS if options[name]
-        )
-        problem = f"Filtering pipeline '{options['pipeline_name']}' by {filters}: {error}"
-        raise ClickException(problem) from error
+        chosen = [f"{name} {','.join(options[name])}" for name in FILTERS if options[name]]
+        problem = f"Filtering pipeline '{options['pipeline_name']}' by {', '.join(chosen)}"
+        raise ClickException(f"{problem}: {error}") from error
 
 
-def _open_project(options: Options, names: Iterable[str] = ()) -> tuple[Any, Any, Pipeline]:
-    """Make session, context and pipeline, in Kedro's order; load the pipelines with these names."""
-    # What a hook reads from the context may shape the pipelines: those of the last run do not do.
-    pipelines.configure(f"{_bootstrap().package_name}.pipeline_registry")
-    _request_pipelines(list(names))
-    session = _open_session(options)
+def _load_project(session: Any, options: Options, only: list[str]) -> tuple[Any, Pipeline]:
+    """Load context and pipeline, in Kedro's order; let Kedro load only these pipelines, or all."""
+    _request_pipelines(only)
     with _project_errors(f"Loading environment '{_environment(options)}'"):
-        context = _call_with_params(session.load_context, options)
-    return session, context, _load_pipeline(options)
+        context = _with_params(session.load_context, options)
+    return context, _load_pipeline(options)
 
 
-def _other_environment(options: Options) -> str:
-    """Say that a run leaves out an environment that `kedro run` reads, if it has anything."""
-    local = settings.CONFIG_LOADER_ARGS.get("default_run_env", "local")
-    has_files = any(Path(_locate_conf(options), local).glob("**/*.y*ml"))
-    if local == _environment(options) or not has_files:
-        return ""
-    read = (
-        f"Environment {_environment(options)} was read. `kedro run` reads environment {local}, too"
-    )
-    return f" {read}: try --env {local}."
-
-
-def _inner(dataset: Any) -> Any:
-    """Return what a cache is of."""
-    return dataset._dataset if isinstance(dataset, _CachedDataset) else dataset
-
-
-def _pin_versions(catalog: Any, names: Iterable[str], run_id: str) -> None:
-    """Load what this run has saved elsewhere, even if another run has saved since."""
-    for name in names:
-        dataset: Any = _inner(_get_dataset(catalog, name))
-        version = getattr(dataset, "_version", None)  # datasets of others may use this name
-        if not isinstance(version, kedro_io.Version) or version.load:
-            continue
-        if dataset._exists_function(str(dataset._get_versioned_path(run_id))):
-            dataset._version = kedro_io.Version(run_id, version.save)
-            dataset.release()  # it remembers versions
-
-
-class _Checked(NamedTuple):
+class _CheckedProject(NamedTuple):
     """What is known of a run before it starts."""
 
     pipeline: Pipeline
@@ -595,60 +679,53 @@ class _Checked(NamedTuple):
     notes: list[str]  # what has to come with the run
 
 
-def _note_missing(pipeline: Pipeline, catalog: Any, datasets: Options) -> list[str]:
-    """Name inputs that nothing provides, as notes if runs or hooks may bring them."""
-    names, notes = _catalog_names(catalog), []
-    missing = sorted(name for name in pipeline.inputs() if datasets[name] is None)
-    if inputs := [name for name in missing if not _is_parameter(name)]:
+def _note_missing(pipeline: Pipeline, catalog: Any) -> list[str]:
+    """Name inputs that nothing provides: as an error, or as notes if runs or hooks may do it."""
+    names = _catalog_names(catalog)
+    missing = sorted(name for name in pipeline.inputs() if _get_dataset(catalog, name) is None)
+    notes = []
+    if inputs := [*filterfalse(_is_parameter, missing)]:
         problem = f"No catalog entry, pattern or parameter provides pipeline input {inputs[0]}"
         problem = ", ".join([problem, *inputs[1:]]) + "."
+        # Those of plugins do not count: kedro-telemetry takes the catalog, and brings no input.
         hooks = (getattr(hook, "before_pipeline_run", None) for hook in settings.HOOKS)
         if not any(hook and "catalog" in inspect.signature(hook).parameters for hook in hooks):
             remedy = f" Add it to the catalog in {settings.CONF_SOURCE}, or run what makes it."
-            entries = [name for name in names if not _is_parameter(name)]
+            entries = filterfalse(_is_parameter, names)
             raise _unknown(problem, inputs[0], entries, "entries", remedy)
         notes.append(f"{problem} A hook has to (before_pipeline_run), or each run fails.")
     for name in filter(_is_parameter, missing):
         close = difflib.get_close_matches(name, filter(_is_parameter, names), n=1)
         hint = f" Or did you mean {close[0]}?" if close else ""
-        param = name.removeprefix("params:")
-        notes.append(f"Each run has to bring '{param}' in runtime_params, or a hook.{hint}")
+        parameter = name.removeprefix("params:")
+        notes.append(f"Each run has to bring '{parameter}' in runtime_params, or a hook.{hint}")
     return notes
 
 
-def _check_project(options: Options) -> _Checked:
-    """Open the project as a run would, and make its datasets, but run no hook of a pipeline."""
-    _check_options(options)
-    _, context, pipeline = _open_project(options)
+def _check_project(options: Options) -> _CheckedProject:
+    """Open the project as a run would, with hooks of context and catalog; run no node."""
+    _run_arguments(options)  # It refuses what this Kedro does not take.
+    context, pipeline = _load_project(_open_session(options), options, [])
     names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
     doing = f"Loading catalog and parameters of environment '{_environment(options)}'"
     try:
         with _project_errors(doing):
             catalog = _load_catalog(context, options, kedro_io.core.generate_timestamp())
             datasets = {name: _get_dataset(catalog, name) for name in names}
-        return _Checked(pipeline, datasets, _note_missing(pipeline, catalog, datasets))
+        return _CheckedProject(pipeline, datasets, _note_missing(pipeline, catalog))
     except ClickException as error:
-        if "Runtime parameter" not in str(error.__cause__):  # Kedro has no class for that
-            raise ClickException(error.message + _other_environment(options)) from error
-        [reason, *_] = str(error.__cause__).splitlines()
+        if "Runtime parameter" not in str(error.__cause__):  # Kedro has no class for that.
+            message = f"{error.message} {_other_environment(options)}".rstrip()
+            raise ClickException(message) from error
+        reason = str(error.__cause__).splitlines()[0]
         note = f"Each run has to bring runtime_params. {reason} Without them (--params) the catalog"
-        return _Checked(pipeline, {}, [f"{note} is not checked."])
-
-
-def _note_run_command(metadata: ProjectMetadata) -> list[str]:
-    """Say that a project's own `kedro run` is not what a flow runs."""
-    try:
-        commands = importlib.import_module(f"{metadata.package_name}.cli").cli.commands
-    except Exception:  # there is none, or `kedro` says what is wrong with it
-        return []
-    own = "cli.py has a command `run` of its own. A flow run does not call it."
-    return [own] if "run" in commands else []
+        return _CheckedProject(pipeline, {}, [f"{note} is not checked."])
 
 
 # ---- conf/<env>/prefect.yml ----
 
 _NUMBER = (int, float)
-_SHAPE: Options = {
+_SHAPE: dict[str, Any] = {
     "task_runner": {"type": str, "max_workers": int, "is_async": bool, "resume": bool},
     "checkpoints": (str, {"url": str, "credentials": str}), "artifacts": bool,
     "tasks": {str: {
@@ -657,246 +734,135 @@ _SHAPE: Options = {
         "version": str, "resources": dict,
     }},
 }  # fmt: skip
-
-
-_MOVED = {"deployment", "deployments", "flow"}  # sections that an earlier copy of this file had
+_ENGINES = ("processes", "dask")
+_MOVED = {"deployment", "deployments", "flow"}  # sections of earlier copies of this file
 
 
 class _Config(NamedTuple):
     """What prefect.yml says of how nodes are run."""
 
-    task_runner: Options
-    tasks: dict[str, Options]
+    task_runner: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]  # from a name of nodes to options of their tasks
     checkpoints: Any = None  # URL, or URL and credentials
     artifacts: bool = True
 
+    @property
+    def engine(self) -> str:
+        """Return what runs nodes in other processes, or nothing."""
+        kind = self.task_runner.get("type", "threads")
+        return "" if kind == "threads" else str(kind)
 
-def _check(where: str, found: Any, shape: Any) -> None:
-    """Refuse keys of prefect.yml that are not there, and values of another type."""
+
+def _check_shape(path: str, value: Any, shape: Any) -> None:
+    """Refuse unknown keys of prefect.yml, and values of another type."""
     shapes = shape if isinstance(shape, tuple) else (shape,)
     types = tuple(each if isinstance(each, type) else type(each) for each in shapes)
-    if (isinstance(found, bool) and bool not in types) or not isinstance(found, types):
+    is_bool_for_number = isinstance(value, bool) and not {bool, object} & {*types}
+    if is_bool_for_number or not isinstance(value, types):
         names = " or ".join(each.__name__ for each in types)
-        raise ClickException(f"prefect.yml: {where} is {found!r}, and has to be of type {names}.")
-    inner: Any = next((each for each in shapes if isinstance(each, dict)), None)
-    if isinstance(found, dict) and inner is not None:
-        for key, item in found.items():
-            path = f"{where}.{key}".lstrip(".")
-            if key not in inner and str not in inner:
-                raise _unknown(f"prefect.yml has no {path}.", str(key), inner, "keys")
-            _check(path, item, inner.get(key, inner.get(str)))
+        raise ClickException(f"prefect.yml: {path} is {value!r}, and has to be of type {names}.")
+    keys: Any = next((each for each in shapes if isinstance(each, dict)), None)
+    if isinstance(value, dict) and keys is not None:
+        for key, item in value.items():
+            item_path = f"{path}.{key}".lstrip(".")
+            if key not in keys and str not in keys:
+                raise _unknown(f"prefect.yml has no {item_path}.", str(key), keys, "keys")
+            _check_shape(item_path, item, keys.get(key, keys.get(str)))
 
 
-def _load_config(session: Any, options: Options) -> Options:
-    """Load prefect.yml with the project's own config loader; none: nothing."""
-    loader = _call_with_params(session._get_config_loader, options)
+def _load_config(session: Any, options: Options) -> dict[str, Any]:
+    """Load prefect.yml with the project's own config loader; without the file, nothing."""
     section: Any = {}
     with _project_errors("Loading prefect.yml"), suppress(MissingConfigException, KeyError):
+        loader = _config_loader(session, options)
         if hasattr(loader, "config_patterns"):
             loader.config_patterns.setdefault("prefect", ["prefect.*"])
         try:
             section = loader["prefect"] or {}
-        except (AttributeError, OSError, TypeError):  # so may a loader of the project's own say it
-            if any(Path(_locate_conf(options)).rglob("prefect*.y*ml")):
+        except (AttributeError, OSError, TypeError):  # A project's own loader may say so by these.
+            if any(Path(_conf_source(options)).rglob("prefect*.y*ml")):
                 raise
     return {name: value for name, value in section.items() if value is not None}
 
 
 def _read_config(session: Any, options: Options) -> _Config:
     """Read prefect.yml, and check it."""
-    found = _load_config(session, options)
-    for name in sorted(found.keys() & _MOVED):
-        problem = f"prefect.yml says how nodes are run, and has no section {name} any more"
-        deployments = (
-            "Deployments belong into Prefect's own file prefect.yaml (`prefect deploy --all`)"
+    sections = _load_config(session, options)
+    for name in sorted(sections.keys() & _MOVED):
+        raise ClickException(
+            f"prefect.yml says how nodes are run, and has no section {name} any more. Deployments"
+            " belong in Prefect's own file prefect.yaml (`prefect deploy --all`), retries of flow"
+            " runs to PREFECT_FLOW_DEFAULT_RETRIES and PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS."
         )
-        retries = "PREFECT_FLOW_DEFAULT_RETRIES and PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS"
-        raise ClickException(f"{problem}. {deployments}, retries of flow runs to {retries}.")
-    shape, section = dict(_SHAPE), found.get("task_runner", {})
-    kind = section.get("type", "threads") if isinstance(section, dict) else "threads"
-    if kind == "dask":  # which checks what else there is
-        shape["task_runner"] = _SHAPE["task_runner"] | {str: object}
-    _check("", found, shape)
-    config = _Config(**{"task_runner": {}, "tasks": {}, **found})
-    if kind not in (kinds := ("threads", "processes", "dask")):
-        raise _unknown(f"prefect.yml: task_runner.type is '{kind}'.", kind, kinds, "types")
+    shape, task_runner = dict(_SHAPE), sections.get("task_runner")
+    if isinstance(task_runner, dict) and task_runner.get("type") == "dask":
+        shape["task_runner"] = _SHAPE["task_runner"] | {str: object}  # Dask checks its own keys.
+    _check_shape("", sections, shape)
+    config = _Config(**{"task_runner": {}, "tasks": {}, **sections})
+    if config.engine not in ("", *_ENGINES):
+        problem = f"prefect.yml: task_runner.type is '{config.engine}'."
+        raise _unknown(problem, config.engine, ("threads", *_ENGINES), "types")
     with _project_errors("Reading task_runner in prefect.yml"):
-        PrefectRunner(max_workers=section.get("max_workers"))
-    if kind != "threads" or config.checkpoints or options["checkpoints"]:
-        what = "checkpoints" if kind == "threads" else f"task_runner.type {kind}"
-        _need_engines(f"prefect.yml: {what}")
+        PrefectRunner(max_workers=config.task_runner.get("max_workers"))  # refuses less than 1
+    if config.engine:
+        _require_versions(f"prefect.yml: task_runner.type {config.engine}")
+    elif config.checkpoints or options["checkpoints"]:
+        _require_versions("Keeping checkpoints")
     for name, task_options in config.tasks.items():
-        if "resources" in task_options and kind != "dask":
-            problem = f"prefect.yml: tasks.{name}.resources are for Dask"
-            raise ClickException(f"{problem}, and task_runner.type is '{kind}'.")
-        of_task = {key: value for key, value in task_options.items() if key != "resources"}
+        for option, problem in (
+            ("resources", "" if config.engine == "dask" else "are for Dask"),
+            ("log_prints", "is not for other processes" if config.engine else ""),
+        ):
+            if problem and option in task_options:
+                kind = f"task_runner.type is '{config.engine or 'threads'}'"
+                raise ClickException(f"prefect.yml: tasks.{name}.{option} {problem}, and {kind}.")
         with _project_errors(f"Reading tasks.{name} in prefect.yml"):
-            Task(fn=lambda: None, **of_task)
+            Task(fn=lambda: None, **_prefect_options(task_options))  # refuses what is no option
     return config
 
 
-def _task_names(node: Node) -> set[str]:
-    """Return the names by which the tasks section may speak of a node."""
-    tags, spaces = (f"tag:{tag}" for tag in node.tags), _namespaces(node)
+def _prefect_options(task_options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options of a task that are Prefect's."""
+    return {name: value for name, value in task_options.items() if name != "resources"}
+
+
+def _names_in_config(node: Node) -> set[str]:
+    """Return the names by which the tasks section may refer to a node."""
+    parts = node.namespace.split(".") if node.namespace else []
+    spaces = (".".join(parts[: end + 1]) for end in range(len(parts)))  # of a.b: a, and a.b
+    tags = (f"tag:{tag}" for tag in node.tags)
     return {"default", node.name, *tags, *(f"namespace:{name}" for name in spaces)}
 
 
-def _task_options(node: Node, tasks: dict[str, Options]) -> Options:
+def _task_options(node: Node, tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what the tasks section says of a node; its later lines win over earlier ones."""
-    names = _task_names(node)
+    names = _names_in_config(node)
     return dict(chain.from_iterable(tasks[name].items() for name in tasks if name in names))
 
 
 def _check_task_names(tasks: Iterable[str]) -> None:
     nodes = chain.from_iterable(pipeline.nodes for pipeline in pipelines.values())
-    known = set(chain({"default"}, *map(_task_names, nodes)))
+    known = set(chain({"default"}, *map(_names_in_config, nodes)))
     for name in set(tasks) - known:
         problem = f"prefect.yml: tasks has '{name}', which is no node of any pipeline."
         raise _unknown(problem, name, known, "names")
-
-
-# ---- Pictures and artifacts: what Prefect's UI shows of a pipeline and of its datasets ----
-
-# In a description of ours, and invisible there: one without this line is somebody's own.
-_MARKER = "[register_prefect_flow.py]: # (to keep what you write here, remove this line)"
-
-
-def _plain(text: str) -> str:
-    """Write a text in Markdown so that nothing in it is markup, and it stays in its table cell."""
-    text = html.escape(" ".join(text.split()), quote=False)
-    # Backslashes, because the older UI decodes few entities.
-    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
-
-
-def _draw(pipeline: Pipeline) -> str:
-    """Draw a pipeline as SVG: layers from left to right, and what needs what."""
-    layers, needed = pipeline.grouped_nodes, pipeline.node_dependencies
-    height, left = 36 * max(map(len, layers), default=0), 4
-    place: dict[Node, tuple[int, float]] = {}  # right and middle of its box
-    boxes, lines = [], []
-    shown = {n: n.name[:NAME_DRAWN] + "..." * (len(n.name) > NAME_DRAWN) for n in needed}
-    for layer in layers:
-        width = 7 * max(len(shown[node]) for node in layer) + 16
-        heights = {node: [place[other][1] for other in needed[node]] for node in layer}
-        # At the height of what they need: few lines cross.
-        ordered = sorted(layer, key=lambda n: sum(heights[n]) / max(len(heights[n]), 1))
-        for row, node in enumerate(ordered):
-            y = 36 * row + 18 + (height - 36 * len(layer)) / 2
-            place[node] = left + width, y
-            boxes.append(
-                f'<g><title>{html.escape(node.name)}</title><rect x="{left}" y="{y - 14:g}"'
-                f' width="{width}" height="28" rx="5" fill="#334155"/>'
-                f'<text x="{left + width / 2:g}" y="{y + 4.5:g}">'
-                f"{html.escape(shown[node])}</text></g>"
-            )
-            for x, middle in (place[other] for other in needed[node]):
-                lines.append(
-                    f"M {x} {middle:g} C {x + 14} {middle:g} {left - 14} {y:g} {left} {y:g}"
-                )
-        left += width + 24
-    size = f'width="{left - 20}" height="{height}" viewBox="0 0 {left - 20} {height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13"'
-        f' text-anchor="middle"><path d="{" ".join(lines)}" fill="none" stroke="#94a3b8"'
-        f' stroke-width="1.5"/><g fill="#fff">{"".join(boxes)}</g></svg>'
-    )
-
-
-def _picture(pipeline: Pipeline) -> str:
-    """Return the drawing in Markdown."""
-    if len(pipeline.nodes) > NODES_DRAWN:
-        return f"{len(pipeline.nodes)} nodes, which are too many to draw."
-    drawn = base64.b64encode(_draw(pipeline).encode()).decode()
-    return f"![the pipeline](data:image/svg+xml;base64,{drawn})"
-
-
-def _table(head: Iterable[str], *rows: Iterable[str]) -> str:
-    """Write a table in Markdown."""
-    lines = [head, ["---" for _ in head], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _without_secrets(options: Options) -> Options:
-    """Return the options of a run as they may be shown: no runtime values, no passwords in URLs."""
-    params = ", ".join(options.get("runtime_params", ()))
-    shown = options | ({"runtime_params": params} if params else {})
-    return {name: _without_password(str(value)) for name, value in shown.items()}
-
-
-def _without_password(text: str) -> str:
-    """Leave out who a URL says that asks."""
-    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
-
-
-def _describe(pipeline: Pipeline, options: Options) -> str:
-    """Describe what a deployment runs in Markdown."""
-    lines = [f"- {name}: {_plain(text)}" for name, text in _without_secrets(options).items()]
-    return "\n".join([*lines, f"\n{_picture(pipeline)}", f"\n{_MARKER}"])
-
-
-def _artifact_key(name: str) -> str:
-    """Return the key of an artifact of this project: it may hold a-z, 0-9 and hyphens only."""
-    package, slug = (re.sub(r"[^a-z0-9]+", "-", n.lower()).strip("-") for n in (_flow_name(), name))
-    if slug != name or "-" in name:  # so that no two are the same
-        slug = f"{slug[:50]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
-    return f"{package}-{slug}"
-
-
-def _render(name: str, dataset: Any, arguments: Options) -> str:
-    """Return a dataset's own preview as Markdown, under its name."""
-    preview = getattr(dataset, "preview", None) or dataset._preview  # as kedro-datasets 1 calls it
-    kind = str(inspect.signature(preview).return_annotation)
-    found: Any = preview(**arguments)
-    if "ImagePreview" in kind:
-        shown = f"![preview](data:image/png;base64,{found})"
-    elif isinstance(found, dict) and {"columns", "data"} <= found.keys():
-        rows = (found["columns"], *found["data"])
-        shown = _table(*([_plain(str(cell)) for cell in row] for row in rows))
-    else:
-        with suppress(ValueError):
-            found = json.loads(found) if isinstance(found, str) else found
-        text = found if isinstance(found, str) else json.dumps(found, indent=2, default=str)
-        shown = textwrap.indent(text, " " * 4)
-    if len(shown) > PREVIEW_SHOWN:
-        raise ValueError(f"it has {len(shown)} characters, more than {PREVIEW_SHOWN}")
-    return f"### {_plain(name)}\n\n{shown}\n"
-
-
-def _show_previews(node: Node, catalog: Any) -> None:
-    """Show those of a node's outputs whose catalog entry asks for it; the server keeps them."""
-    for name in node.outputs:
-        dataset = _inner(_get_dataset(catalog, name))
-        try:
-            about = getattr(dataset, "metadata", None)
-            about = about.get("prefect") if isinstance(about, dict) else None
-            if isinstance(about, dict) and about.get("preview"):
-                text = _render(name, dataset, about.get("preview_args") or {})
-                _call_api(_create_artifact(text, _artifact_key(name)), SERVER_TIMEOUT)
-        except Exception as error:
-            logger = logging.getLogger("kedro")
-            logger.warning("No preview of '%s' in Prefect: %r", name, error)
-
-
-async def _create_artifact(text: str, key: str) -> None:
-    """Add Markdown to the task run that goes on here."""
-    created: Any = create_markdown_artifact(text, key=key)
-    if inspect.isawaitable(created):  # in Prefect 2 it is done by now
-        await created
 
 
 # ---- Checkpoints: what nodes hand on to others, in files of a flow run ----
 
 
 class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of Kedro
-    """What a node hands on to others, pickled into a file: all of it, or nothing."""
+    """A dataset that is pickled into a file, whole or not at all."""
 
-    def __init__(self, folder: str, credentials: Options, name: str, node: str = "") -> None:
+    def __init__(
+        self, folder: str, credentials: dict[str, Any], name: str, node_name: str = ""
+    ) -> None:
         # Any name makes a file name, and no two make the same.
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         path = f"{folder}/{re.sub(r'[^A-Za-z0-9.-]', '_', name)[:50]}-{digest}.pickle"
         dataset: Any = importlib.import_module("kedro_datasets.pickle").PickleDataset
         self._make = functools.partial(dataset, backend="cloudpickle", credentials=credentials)
-        self._what = f"Dataset '{name}'" + f", which node '{node}' makes," * bool(node)
+        self._name, self._node_name = name, node_name
         self._filepath, self._file = path, self._make(filepath=path)
 
     def load(self) -> Any:
@@ -905,114 +871,118 @@ class _Checkpoint(_Dataset):  # type: ignore[misc]  # a class of any version of 
     def save(self, data: Any) -> None:
         part = Path(f"{self._filepath}.part")
         try:
-            if self._file._protocol == "file":
+            if "://" in self._filepath:  # An object store shows a file when all of it is written.
+                self._file.save(data)
+            else:
                 part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._make(filepath=str(part)).save(data)
                 part.replace(self._filepath)
-            else:  # on object stores a file is there when all of it has been written
-                self._file.save(data)
         except Exception as error:
-            problem = f"{self._what} cannot be pickled to {self._filepath}: {error}"
+            part.unlink(missing_ok=True)
+            maker = f", which node '{self._node_name}' makes," if self._node_name else ""
+            problem = (
+                f"Dataset '{self._name}'{maker} cannot be pickled to {self._filepath}: {error}"
+            )
             remedy = "Nodes hand it on in that file, unless the catalog says how to save it."
             raise kedro_io.DatasetError(f"{problem} {remedy}") from error
 
     def _exists(self) -> bool:
         return bool(self._file.exists())
 
-    def _describe(self) -> Options:
+    def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath}
-
-
-def _key_of_other_machines(section: Options) -> str:
-    """Return the key of task_runner that lets nodes run on other machines; none: nothing."""
-    if urlsplit(str(section.get("address", ""))).hostname not in (
-        None,
-        "localhost",
-        "127.0.0.1",
-        "::1",
-    ):
-        return "address"
-    if not str(section.get("cluster_class", "LocalCluster")).endswith("LocalCluster"):
-        return "cluster_class"
-    return next((key for key in ("scheduler_file", "host") if key in section), "")
-
-
-def _place_checkpoints(config: _Config, options: Options) -> Options:
-    """Return where checkpoints lie, and the name of credentials; nothing: there are none."""
-    place = options["checkpoints"] or config.checkpoints or {}
-    place = dict(place) if isinstance(place, dict) else {"url": place}
-    if not place.get("url") and config.task_runner.get("type", "threads") != "threads":
-        if key := _key_of_other_machines(config.task_runner):
-            problem = f"prefect.yml: with task_runner.{key}, nodes hand data on between machines"
-            raise ClickException(f"{problem}: checkpoints: <a URL or folder that all reach>")
-        storage = prefect.settings.PREFECT_LOCAL_STORAGE_PATH.value()
-        place["url"] = str(storage / "kedro-checkpoints")
-    if place.get("url"):
-        _import("kedro_datasets.pickle", "kedro-datasets[pickle]", "checkpoints")
-        if "://" not in place["url"]:
-            place["url"] = str(PROJECT_PATH / place["url"])
-    return place
 
 
 @dataclass
 class _Checkpoints:
-    """Those of one flow run, in a folder of its own."""
+    """The checkpoints of one flow run, in a folder of its own."""
 
     folder: str  # or URL
-    credentials: Options
+    credentials: dict[str, Any]
 
-    def make(self, name: str, node: str = "") -> _Checkpoint:
-        """Return the one of a dataset, which the node makes."""
-        return _Checkpoint(self.folder, self.credentials, name, node)
+    def make(self, name: str, node_name: str = "") -> _Checkpoint:
+        """Return the checkpoint of a dataset, which the node makes."""
+        return _Checkpoint(self.folder, self.credentials, name, node_name)
 
     def add_to(self, catalog: Any, pipeline: Pipeline, kept: Iterable[str], cache: bool) -> None:
-        """Let what nodes write be in files as well as in memory, or instead; but what is kept."""
+        """Put checkpoints in the place of what nodes write to memory, but for what is kept there.
+
+        A cache of a checkpoint serves readers in this process, and to Kedro it is in memory: its
+        advice how to resume must not count on a file that `kedro run` would not find.
+        """
         for node in pipeline.nodes:
             for name in set(node.outputs).difference(kept):
                 dataset = _get_dataset(catalog, name)
                 if _is_in_memory(_inner(dataset)):
-                    made: Any = self.make(name, node.name)
-                    mode = getattr(dataset, "_copy_mode", None)
-                    made = kedro_io.CachedDataset(made, copy_mode=mode) if cache else made
-                    _set_dataset(catalog, name, made)
+                    checkpoint: Any = self.make(name, node.name)
+                    if cache:
+                        checkpoint = _CachedDataset(checkpoint, copy_mode=_copy_mode(dataset))
+                    _set_dataset(catalog, name, checkpoint)
 
-    def end(self, completed: bool) -> None:
-        """Remove those of a flow run that has completed; say where those of a failed one are."""
-        log, fsspec = get_run_logger(), importlib.import_module("fsspec.core")
+    def remove(self, logger: Any) -> None:
+        """Remove them all; the run has completed, whatever keeps them from being removed."""
+        fsspec = importlib.import_module("fsspec.core")
         try:
             files, path = fsspec.url_to_fs(self.folder, **self.credentials)
-            if completed and files.exists(path):
+            if files.exists(path):
                 files.rm(path, recursive=True)
-            elif files.exists(path):
-                log.info("Checkpoints for a retry: %s", self.folder)
         except Exception as error:
-            log.warning("Checkpoints in %s: %s", self.folder, error)
+            logger.warning("Checkpoints in %s: %s", self.folder, error)
+
+
+def _remote_key(task_runner: dict[str, Any]) -> str:
+    """Return the key of task_runner that lets nodes run on other machines, or nothing."""
+    host = urlsplit(str(task_runner.get("address", ""))).hostname
+    if host not in (None, "localhost", "127.0.0.1", "::1"):
+        return "address"
+    if not str(task_runner.get("cluster_class", "LocalCluster")).endswith("LocalCluster"):
+        return "cluster_class"
+    return next((key for key in ("scheduler_file", "host") if key in task_runner), "")
+
+
+def _find_checkpoints(config: _Config, options: Options) -> tuple[str, str]:
+    """Return where checkpoints of runs lie, if there are any, and the name of credentials."""
+    section = config.checkpoints or {}
+    section = section if isinstance(section, dict) else {"url": section}
+    url, credentials = options["checkpoints"] or section.get("url"), section.get("credentials", "")
+    if not url and config.engine:
+        if key := _remote_key(config.task_runner):
+            problem = f"prefect.yml: with task_runner.{key}, nodes hand data on between machines"
+            raise ClickException(f"{problem}: checkpoints: <a URL or folder that all reach>")
+        storage = prefect.settings.PREFECT_LOCAL_STORAGE_PATH.value()
+        url = str(storage / "kedro-checkpoints")
+    if url:
+        _import_optional("kedro_datasets.pickle", "kedro-datasets[pickle]", "checkpoints")
+        url = url if "://" in url else str(PROJECT_PATH / url)
+    return url or "", credentials
 
 
 # ---- Nodes as tasks ----
+#
+# A flow run is Prefect's. It runs a Kedro session, whose run id, the version of what is saved, is
+# the same in all attempts. Each node has a task run in each attempt. A pipeline that runs in this
+# process is looked up by an id: tasks are given nothing but names.
 
 
 @dataclass
-class _Record:
-    """What is known of the task of a node."""
+class _NodeRecord:
+    """What the state of a node's task run does not tell."""
 
     attempts: int = 0
     error: BaseException | None = None  # of the last attempt
 
 
-class _Run(NamedTuple):
-    """What the tasks of one run find by its key."""
+class _RunningPipeline(NamedTuple):
+    """What tasks look up."""
 
-    nodes: dict[str, Node]
+    nodes: dict[str, Node]  # by name, as the records
+    records: dict[str, _NodeRecord]
     catalog: Any
-    records: dict[str, _Record]  # by node name
     executor: "_InProcess | _InChildren"
-    keys: Options | None = None  # in a child, by node name
     has_previews: bool = False
 
 
-# Those that go on in this process, by the key that tasks are given: Prefect walks what it is given.
-_runs: dict[str, _Run] = {}
+_running: dict[str, _RunningPipeline] = {}  # by the id that tasks are given
 
 
 class _InProcess(NamedTuple):
@@ -1022,660 +992,146 @@ class _InProcess(NamedTuple):
     hook_manager: Any
     is_async: bool
     run_id: str | None
-    is_first: bool  # process and attempt of the run: else others have saved what nodes load
+    pins_versions: bool  # Other processes or attempts of the run may have saved what nodes load.
 
-    def run(self, node: Node, record: _Record) -> None:
+    def run(self, node: Node, _attempt: int) -> None:
         """Run a node as Kedro does."""
-        del record
-        if self.run_id and not self.is_first:
-            _pin_versions(self.catalog, node.inputs, self.run_id)
+        if self.run_id and self.pins_versions:
+            _pin_versions(node, self.catalog, self.run_id)
         _run_node(node, self.catalog, self.hook_manager, self.is_async, self.run_id)
 
-    def stop(self) -> None:
-        """Do nothing: what a thread does cannot be ended."""
 
-    def close(self) -> None:
-        """Do nothing: this process goes on."""
+class _NodeKey(NamedTuple):
+    """What a node does in a run: it tells a retried flow run what need not run again."""
+
+    options_digest: str  # of the run
+    run_id: str
+    digest: str  # of the node's inputs and outputs, values of parameters, and paths of outputs
+    node_name: str
+
+    def __str__(self) -> str:
+        return "/".join(("node", *self))
+
+    @classmethod
+    def parse(cls, task_key: str) -> "_NodeKey | None":
+        """Read the task key of a task run; None: it is not the task run of a node."""
+        return cls(*task_key.split("/", 4)[1:]) if task_key.startswith("node/") else None
 
 
-def _spell(value: Any) -> str:
+def _make_key(node: Node, catalog: Any, options_digest: str, run_id: str | None) -> _NodeKey:
+    parameters = list(filter(_is_parameter, node.inputs))
+    datasets: Any = {name: _get_dataset(catalog, name) for name in (*parameters, *node.outputs)}
+    values = {name: datasets[name].load() for name in parameters if datasets[name] is not None}
+    lasting = [name for name in node.outputs if not _is_in_memory(_inner(datasets[name]))]
+    locations = {name: _location(name, datasets[name]) for name in lasting}
+    digest = _digest(node.inputs, node.outputs, values, locations)
+    return _NodeKey(options_digest, str(run_id), digest, node.name)
+
+
+def _canonical(value: Any) -> str:
     """Write a value so that equal ones read the same in each process, whatever they hold."""
     if isinstance(value, dict):
-        items = (f"{_spell(key)}: {_spell(item)}" for key, item in value.items())
+        items = (f"{_canonical(key)}: {_canonical(item)}" for key, item in value.items())
         return f"{{{', '.join(sorted(items))}}}"
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(_spell, value)))}}}"
+        return f"{{{', '.join(sorted(map(_canonical, value)))}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_spell, value))}]"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an object's place in memory
+        return f"[{', '.join(map(_canonical, value))}]"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an object's address in memory
 
 
-def _digest(*parts: Any) -> str:
-    text = _spell(parts).encode(errors="backslashreplace")
+def _digest(*values: Any) -> str:
+    text = _canonical(values).encode(errors="backslashreplace")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _where(name: str, dataset: Any | None) -> str:
+def _location(name: str, dataset: Any | None) -> str:
     """Say where a dataset lives."""
     if _is_parameter(name):
         return "parameters"
     if dataset is None:
         return "memory, released after its last reader"
-    about = dataset._describe()
-    about = about if isinstance(about, dict) else {}  # some return a text
-    filepath, protocol = about.get("filepath", ""), about.get("protocol", "file")
-    prefix = "" if protocol == "file" else f"{protocol}://"
-    return f"{type(dataset).__name__} {prefix}{filepath}".rstrip()
+    dataset = _inner(dataset)
+    if _is_in_memory(dataset) or isinstance(dataset, _Checkpoint):
+        return "memory"
+    return f"{type(dataset).__name__} {_path(dataset)}".rstrip()
 
 
-def _task_key(node: Node, catalog: Any, run: str) -> str:
-    """Identify what a node does in a run: it tells a retried flow run what need not run again."""
-    parameters = list(filter(_is_parameter, node.inputs))
-    found: Any = {name: _get_dataset(catalog, name) for name in (*parameters, *node.outputs)}
-    values = {name: found[name].load() for name in parameters if found[name] is not None}
-    lasting = [name for name in node.outputs if not _is_in_memory(found[name])]
-    places = {name: _where(name, found[name]) for name in lasting}
-    return f"node/{run}/{_digest(node.inputs, node.outputs, values, places)}/{node.name}"
-
-
-def _writable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return _writable(str(error))
-    except Exception as broken:
-        return f"no text, for making it raises {type(broken).__name__}"
-
-
-def _stand_in(module: str, name: str, text: str) -> Exception:
-    """Make an exception that looks like one that cannot be passed on."""
-    return cast("Exception", type(name, (Exception,), {"__module__": module})(text))
-
-
-def _bearable(error: BaseException) -> Exception:
-    """Return what Prefect can print and store of an exception, and end a task with.
-
-    It fails where a text is no Unicode, and a long one is too much. What is no Exception would be
-    the end of more than the task, and Prefect 2 waits for ever after a StopIteration.
-    """
-    whole, text = "".join(traceback.format_exception(error)), _text_of(error)
-    is_short = len(text) <= TEXT_SHOWN and len(whole) <= LOG_SHOWN and whole == _writable(whole)
-    is_odd = isinstance(error, (StopIteration, StopAsyncIteration))
-    if isinstance(error, Exception) and is_short and not is_odd:
-        return error
-    shown = text[:TEXT_SHOWN] + f"... (cut: {len(text)} characters)" * (len(text) > TEXT_SHOWN)
-    made = _stand_in(type(error).__module__, type(error).__name__, shown)
-    return made.with_traceback(error.__traceback__)
-
-
-def _remove_versions(node: Node, catalog: Any) -> None:
-    """Let a node save again what an earlier attempt has saved, whole or half, in this version."""
-    for name in node.outputs:
-        dataset = _inner(_get_dataset(catalog, name))
-        is_kedros = isinstance(getattr(dataset, "_version", None), kedro_io.Version)
-        if is_kedros and hasattr(dataset, "_fs"):
-            path = str(dataset._get_versioned_path(dataset.resolve_save_version()))
-            if dataset._exists_function(path):
-                dataset._fs.rm(path, recursive=True)
-                dataset.release()  # it remembers versions
-
-
-def _is_of_prefect(what: Any) -> bool:
-    """Tell whether a class or function is Prefect's."""
-    return str(getattr(what, "__module__", "")).partition(".")[0] == "prefect"
-
-
-def kedro_task(node_name: str, run_key: str) -> None:
-    """Run one node of a run as Kedro does: load, run, save, with its hooks."""
-    run = _runs[run_key]
-    node, record = run.nodes[node_name], run.records[node_name]
+def kedro_task(node_name: str, pipeline_run_id: str) -> None:
+    """Run one node of a pipeline as Kedro does: load, run, save, with its hooks."""
+    running = _running[pipeline_run_id]
+    node, record = running.nodes[node_name], running.records[node_name]
     record.attempts, record.error = record.attempts + 1, None
     try:
         if record.attempts > 1:
-            _remove_versions(node, run.catalog)
-        run.executor.run(node, record)
+            _remove_versions(node, running.catalog)
+        running.executor.run(node, record.attempts)
     except KeyboardInterrupt as error:
         record.error = error
         raise
-    except SystemExit as ended:  # a failure of this node, and no end of anything else
-        record.error = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(ended)})")
-        raise record.error from ended
+    except SystemExit as error:  # It is a failure of this node, and the end of nothing else.
+        record.error = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(error)})")
+        raise record.error from error
     except BaseException as error:
-        if _is_of_prefect(type(error)):  # it stops a task: a timeout, a suspended flow run
+        if _is_of_prefect(type(error)) and not isinstance(error, Exception):
+            raise  # Prefect stops the task: a timeout, or a flow run that is suspended.
+        storable = _storable(error)
+        # What is no Exception fails the run as it is: Kedro tells no hook of it.
+        record.error = storable if isinstance(error, Exception) else error
+        if storable is error:
             raise
-        bearable = _bearable(error)
-        # Kedro's hooks get what is no Exception as it is: they are not told of it.
-        record.error = bearable if isinstance(error, Exception) else error
-        if bearable is error:
-            raise
-        raise bearable from None
-    if run.has_previews:
-        _show_previews(node, run.catalog)
+        raise storable from None
+    if running.has_previews:
+        _show_previews(node, running.catalog)
 
 
-def instantiate_task(node: Node, run_key: str, task_options: Options) -> Task[[], None]:
+def instantiate_task(node: Node, pipeline_run_id: str, task_options: Any) -> Task[[], None]:
     """Make the Prefect task that runs a node, under the node's name."""
-    options = {name: value for name, value in task_options.items() if name != "resources"}
     # Of a function instead of a partial, Prefect would read and parse this file for each task.
-    fn: Any = functools.partial(kedro_task, node.name, run_key)
-    name: Any = {"name": node.name, "task_run_name": lambda: node.name}
-    return Task(fn=fn, persist_result=False, **name, **options)
+    fn: Any = functools.partial(kedro_task, node.name, pipeline_run_id)
+    names: Any = {"name": node.name, "task_run_name": lambda: node.name}
+    return Task(fn=fn, persist_result=False, **names, **_prefect_options(task_options))
 
 
 def init_kedro_tasks_by_execution_layer(
-    pipeline: Pipeline, run_key: str, task_options: dict[str, Options] | None = None
+    pipeline: Pipeline, pipeline_run_id: str, tasks: dict[str, dict[str, Any]] | None = None
 ) -> list[dict[Node, Task[[], None]]]:
     """Make a task for each node, in layers of nodes that need only nodes of earlier layers."""
-    options = {node: _task_options(node, task_options or {}) for node in pipeline.nodes}
-    layers = pipeline.grouped_nodes
-    return [{node: instantiate_task(node, run_key, options[node]) for node in n} for n in layers]
-
-
-# ---- Engines: nodes in children, here and under Dask workers ----
-#
-# A child is a process that has opened the project for one flow run, with its code as it is now.
-# Names of nodes go there; log records come back, and how each node ended. After a run it ends as a
-# Python process does; with all that it has started it is killed when a node is stopped, or when who
-# started it is gone. Dask says which machine has room for one.
-
-_PARAMETERS = "params:"  # the checkpoint that hands their values on; no dataset has this name
-# Nothing but messages may come out of a child's stdout, and nothing but jobs into its stdin.
-_CHILD = """
-import importlib.util, os, sys
-jobs, out = os.dup(0), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-spec = importlib.util.spec_from_file_location("register_prefect_flow", sys.argv[1])
-module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module._be_child(jobs, out)
-"""
-
-
-def _fingerprint(metadata: ProjectMetadata) -> dict[str, str]:
-    """Return what has to be the same wherever nodes of a run are run: versions, and code."""
-    package = Path(metadata.source_dir) / metadata.package_name
-    files = [THIS_FILE, *(path for path in package.rglob("*.py") if path.is_file())]
-    code = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    python = ".".join(platform.python_version_tuple()[:2])
-    return {"Kedro": kedro.__version__, "Python": python, **code}
-
-
-def _check_same(metadata: ProjectMetadata, theirs: dict[str, str]) -> None:
-    """Refuse to run nodes with another version, or with code that is not that of the flow."""
-    loaded = {str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]}
-    for what, found in _fingerprint(metadata).items():
-        if what in ("Kedro", "Python") and found != theirs[what]:
-            problem = f"{what} is {found} on {platform.node()}, and {theirs[what]} in the flow"
-            raise RuntimeError(f"{problem}. Install the same there.")
-        if what in loaded and found != theirs.get(what):  # others may be new, and are not run
-            problem = f"{what} on {platform.node()} is not as it was when the flow run started"
-            raise RuntimeError(f"{problem}. Start the run again; elsewhere, update it first.")
-
-
-class _LogsToFlow(logging.handlers.QueueHandler):
-    """Sends what is logged in a child to the flow; a fork has no way there, and prints it."""
-
-    def __init__(self, say: Callable[..., None]) -> None:
-        super().__init__(cast("Any", None))
-        self._say, self._process = say, os.getpid()
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Send a record, whose arguments are in its text by now."""
-        if os.getpid() == self._process:
-            self._say("log", pickle.dumps(record))
-        else:
-            print(record.getMessage(), file=sys.stderr)
-
-
-def _open_run(job: Options, say: Callable[..., None]) -> _Run:
-    """Open the project in a child: configuration, catalog and hooks as in the flow."""
-    metadata = _bootstrap()
-    # All log records, at the levels that the project sets; handlers are the flow's.
-    handler = _LogsToFlow(say)
-    for name in (None, *logging.root.manager.loggerDict):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler] if name is None or not logger.propagate else []
-    options, run_id = job["options"], job["run_id"]
-    session, context, pipeline = _open_project(options, _pipeline_names(options))
-    _check_same(metadata, job["same"])
-    catalog = _load_catalog(context, options, run_id)
-    credentials = _read_credentials(session, options, job["credentials"])
-    checkpoints = _Checkpoints(job["folder"], credentials)
-    handed_on = {*job["handed_on"]}
-    if _PARAMETERS in handed_on:
-        for name, value in checkpoints.make(_PARAMETERS).load().items():
-            _set_dataset(catalog, name, _MemoryDataset(value))
-    keys = {node.name: _task_key(node, catalog, job["run"]) for node in pipeline.nodes}
-    checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
-    for name in handed_on - {_PARAMETERS}:
-        _set_dataset(catalog, name, checkpoints.make(name))
-    nodes = {node.name: node for node in pipeline.nodes}
-    executor = _InProcess(catalog, session._hook_manager, job["is_async"], run_id, is_first=False)
-    return _Run(nodes, catalog, {name: _Record() for name in nodes}, executor, keys)
-
-
-def _run_job(run: _Run, job: Options) -> None:
-    """Run a node in a child, if it is the same node there as in the flow."""
-    node = run.nodes[job["node"]]
-    if cast("Options", run.keys)[node.name] != job["key"]:
-        problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
-        remedy = "Does a resolver give another value each time? Put the value into a parameter."
-        raise RuntimeError(f"{problem}. {remedy}")
-    run.records[node.name].attempts = job["attempts"]
-    try:
-        kedro_task(node.name, "")
-    finally:
-        for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
-            run.catalog.release(name)
-
-
-def _pack_error(error: BaseException, with_object: bool) -> bytes:
-    """Write an exception down: as itself, if that can be, and as text."""
-    about = (type(error).__module__, type(error).__name__, _text_of(error))
-    text, packed = _writable("".join(traceback.format_exception(error))), b""
-    with suppress(Exception):  # there is much that cannot be pickled
-        packed = pickle.dumps(error) if with_object else b""
-    return pickle.dumps((packed, about, text))
-
-
-def _unpack_error(payload: bytes) -> BaseException:
-    packed, about, text = pickle.loads(payload)
-    error: Any = None
-    with suppress(Exception):  # of what it takes to make it again
-        error = pickle.loads(packed)
-    error = error if isinstance(error, BaseException) else _stand_in(*about)
-    error.__cause__ = RuntimeError(f"in another process\n{text}")
-    return cast("BaseException", error)
-
-
-def _be_child(jobs_in: int, messages_out: int) -> None:
-    """Run nodes of a flow run, and say what happens, until there is nothing more to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the flow that Ctrl-C stops
-    os.environ["KEDRO_DISABLE_TELEMETRY"] = "1"  # which the flow sends
-    jobs: queue.SimpleQueue[Options | None] = queue.SimpleQueue()
-    lock, forked = threading.Lock(), getattr(os, "register_at_fork", lambda **_: None)
-    # A fork holds no end of a pipe: the flow would take it for the child, or wait for it.
-    forked(after_in_child=functools.partial(os.close, jobs_in))
-    forked(after_in_child=functools.partial(os.close, messages_out))
-
-    def say(kind: str, payload: bytes = b"") -> None:
-        message = memoryview(pickle.dumps((kind, payload)))
-        with lock:
-            while message:
-                message = message[os.write(messages_out, message) :]
-
-    def listen() -> None:
-        with suppress(EOFError, OSError), os.fdopen(jobs_in, "rb", closefd=False) as file:
-            while True:
-                jobs.put(pickle.load(file))
-        _end_group(os.getpid())  # who started it is gone: at once, whatever a node is doing
-
-    threading.Thread(target=listen, daemon=True).start()
-    run = None
-    while job := jobs.get():
-        try:
-            run = _runs[""] = run or _open_run(job, say)
-            _run_job(run, job)
-            end = ("ended", b"")
-        except BaseException as error:  # what opening raises may refer to credentials
-            end = ("failed", _pack_error(error, with_object=run is not None))
-        say(*end)
-
-
-def _end_group(leader: int) -> None:
-    """End a child and all that it has started. On Windows, the child only."""
-    with suppress(ProcessLookupError):
-        if hasattr(os, "killpg"):
-            os.killpg(leader, signal.SIGKILL)
-        else:
-            os.kill(leader, signal.SIGTERM)  # which ends it at once there
-
-
-class _Child:
-    """A child, as whoever started it sees it."""
-
-    def __init__(self, script: str) -> None:
-        command, pipes = [sys.executable, "-uc", _CHILD, script], ("stdin", "stdout")
-        how: Any = {"cwd": Path(script).parent, **dict.fromkeys(pipes, subprocess.PIPE)}
-        self.process: Any = subprocess.Popen(command, start_new_session=True, **how)
-        self.messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
-        self.node = ""  # that it runs, or has run last
-        self._reaping = threading.Lock()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        why = ""
-        try:
-            while True:
-                self.messages.put(pickle.load(self.process.stdout))
-        except EOFError:
-            pass
-        except Exception as error:
-            why = f", for what it said cannot be read: {error!r}"
-            self.kill()
-        if hasattr(os, "waitid"):  # its number is its own until it is reaped
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        with self._reaping:
-            code = self.process.wait()
-        if str(code) == "-9" and not why:  # by SIGKILL
-            why = " (killed, perhaps for lack of memory)"
-        self.messages.put(("died", f"with exit code {code}{why}".encode()))
-
-    def send(self, job: Options | None) -> None:
-        """Give it a node to run; nothing: it ends when all that it does has ended."""
-        with suppress(OSError):  # it has died, and says so
-            pickle.dump(job, self.process.stdin)
-            self.process.stdin.flush()
-
-    def has_ended(self, timeout: float | None = 0) -> bool:
-        """Wait for its end as long as that."""
-        self._reader.join(timeout)
-        return not self._reader.is_alive()
-
-    def kill(self) -> None:
-        """Kill it, and all that it has started."""
-        with self._reaping:
-            if self.process.returncode is None:  # else its number may be another's
-                _end_group(self.process.pid)
-
-
-class _Children:
-    """The children of a flow run on one machine. Sent to Dask's workers by value."""
-
-    def __init__(self, script: str) -> None:
-        self._script = script
-        self._busy: list[Any] = []
-        self._idle: list[Any] = []
-        self._is_stopped = False
-
-    def capacity(self) -> int:
-        """Return how many nodes this machine can run at once."""
-        return os.cpu_count() or 1
-
-    def run(
-        self, job: Options, _: Options, is_wanted: Callable[[], bool] = lambda: True
-    ) -> Iterator[tuple[str, bytes]]:
-        """Run a node in a child, and yield what it says."""
-        if not Path(self._script).exists():
-            problem = "the project has to lie there as where the flow runs, with this file"
-            raise FileNotFoundError(f"{platform.node()} has no {self._script}: {problem}.")
-        child, kind = self._take(), ""
-        child.node = job["node"]
-        try:
-            child.send(job)
-            while kind not in ("ended", "failed", "died"):
-                try:
-                    kind, payload = child.messages.get(timeout=0.2)
-                    if kind == "died" and self._is_stopped:
-                        raise RuntimeError("the run has been stopped")
-                    yield kind, payload
-                except queue.Empty:
-                    if self._is_stopped or not is_wanted():
-                        raise RuntimeError("the run has been stopped") from None
-        finally:
-            self._busy.remove(child)
-            if kind in ("ended", "failed"):
-                self._idle.append(child)
-            else:
-                child.kill()
-
-    def _take(self) -> Any:
-        """Return an idle child, or a new one."""
-        child = None
-        while child is None:
-            try:
-                child = self._idle.pop()
-            except IndexError:
-                child = _Child(self._script)
-            if child.has_ended():  # it may have been killed, for lack of memory
-                child = None
-        self._busy.append(child)
-        return child
-
-    def stop(self) -> None:
-        """Kill all, if any runs a node."""
-        self._is_stopped = True
-        for child in [*self._busy, *self._idle] if self._busy else []:
-            child.kill()
-
-    def close(self) -> None:
-        """Let all end as Python processes do, and wait for them."""
-        children, self._idle = self._idle, []
-        try:
-            for child in children:
-                child.send(None)
-            for child in children:
-                if not child.has_ended(timeout=10):
-                    problem = "The process that ran node '%s' goes on, and is waited for: a thread?"
-                    logging.getLogger("kedro").warning(problem, child.node)
-                    child.has_ended(timeout=None)
-                while not child.messages.empty():
-                    _log_here(*child.messages.get())
-        except BaseException:
-            for child in children:
-                child.kill()
-            raise
-
-
-def _log_here(kind: str, payload: bytes) -> None:
-    """Log what has been logged in a child."""
-    if kind == "log":
-        record = pickle.loads(payload)
-        logging.getLogger(record.name).handle(record)
-
-
-def _make_plugin(flow_run: str, client_id: str, script: str) -> Any:
-    """Make what keeps the children of a flow run on each Dask worker; it is sent by value."""
-    distributed: Any = importlib.import_module("distributed")
-    if __name__ != "__main__":
-        importlib.import_module("cloudpickle").register_pickle_by_value(sys.modules[__name__])
-
-    class FlowRun(distributed.WorkerPlugin):  # type: ignore[misc]
-        name = flow_run
-
-        def setup(self, worker: Any) -> None:
-            self._worker, self._children = worker, _Children(script)
-
-        async def teardown(self, worker: Any) -> None:
-            del worker
-            self._children.stop()
-            await asyncio.to_thread(self._children.close)
-
-        def run(self, job: Options) -> None:
-            """Run a node in a child, and pass on what it says."""
-            worker, key = self._worker, self._worker.get_current_task()
-            ask = functools.partial(importlib.import_module("distributed.utils").sync, worker.loop)
-            mark: Options = {"keys": [flow_run, key]}
-            if ask(worker.scheduler.get_metadata, default=False, **mark):
-                return  # Dask runs it again, because the worker that ran it is lost
-            ask(worker.scheduler.set_metadata, value=True, **mark)
-
-            def is_wanted() -> bool:  # not if the flow has cancelled it, or is gone
-                found = worker.state.tasks.get(key)
-                return found is not None and found.state != "cancelled"
-
-            for message in self._children.run(job, {}, is_wanted):
-                # The scheduler hands it on to this client only, and forgets it with the client.
-                worker.log_event(client_id, (key, message))
-
-    return FlowRun()
-
-
-class _Dask:
-    """A Dask cluster, whose workers run nodes of a flow run in children."""
-
-    def __init__(self, script: str, options: Options) -> None:
-        distributed = _import("distributed", "distributed", "task_runner.type dask")
-        self._name, self._stack = f"kedro-{uuid.uuid4().hex}", ExitStack()
-        logger, log = logging.getLogger("distributed"), logging.getLogger("kedro")
-        self._stack.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.WARNING)
-        self._said: dict[str, queue.SimpleQueue[Any]] = {}  # by Dask's key of a node
-        where: Any = "this machine"
-        self._is_stopped, self._capacity, self._asked_at = False, 1, 0.0
-        try:
-            options = dict(options)
-            if name := options.pop("cluster_class", None):
-                module, _, class_name = name.rpartition(".")
-                make = getattr(_import(module, module.partition(".")[0], name), class_name)
-                cluster = make(**options.pop("cluster_kwargs", {}))
-                options["address"] = self._stack.enter_context(cluster)
-            elif not {"address", "host", "scheduler_file"} & options.keys():
-                # One here needs no processes: its workers do nothing but start those of nodes.
-                options = {"processes": False, "memory_limit": 0} | options
-                boards = ("dashboard_address", "worker_dashboard_address")
-                options = dict.fromkeys(boards, "127.0.0.1:0") | options
-            options = {"timeout": 20} | options
-            where = options.get("address", where)
-            log.info("Waiting up to %s s for Dask workers at %s", options["timeout"], where)
-            client = distributed.Client(**options)
-            self._client = self._stack.enter_context(client)
-            client.wait_for_workers(1, timeout=options["timeout"])
-            client.subscribe_topic(client.id, self._hear)
-            client.register_plugin(_make_plugin(self._name, client.id, script))
-        except (OSError, asyncio.TimeoutError, TypeError, ValueError, RuntimeError) as error:
-            self._stack.close()
-            problem = f"prefect.yml: there is no Dask cluster with workers at {where}: {error}"
-            remedy = "Start `dask scheduler` and `dask worker`, and give task_runner.address"
-            raise ClickException(f"{problem}. {remedy}, or a longer timeout.") from error
-
-    def capacity(self) -> int:
-        """Return how many nodes the cluster can run at once; it is asked each second."""
-        if time.monotonic() > self._asked_at + 1:
-            self._asked_at = time.monotonic()
-            with suppress(Exception):  # it is lost, as its nodes will say
-                self._capacity = sum(self._client.nthreads().values()) or 1
-        return self._capacity
-
-    def _hear(self, event: Any) -> None:
-        _, said = event
-        if isinstance(said, tuple) and said[0] in self._said:  # Dask itself says other things
-            self._said[said[0]].put(said[1])
-
-    def run(self, job: Options, resources: Options) -> Iterator[tuple[str, bytes]]:
-        """Run a node in a child of the worker that has room, and yield what it says."""
-        key, name = f"{job['node']}-{uuid.uuid4().hex}", self._name
-        said = self._said[key] = queue.SimpleQueue()
-
-        def work(job: Options) -> None:
-            importlib.import_module("distributed").get_worker().plugins[name].run(job)
-
-        future = self._client.submit(work, job, key=key, pure=False, resources=resources or None)
-        future.add_done_callback(lambda _: said.put(None))
-        message = ("", b"")
-        try:
-            while message:
-                with suppress(queue.Empty):  # in steps, so that a timeout can interrupt it
-                    if message := said.get(timeout=0.2):
-                        yield message
-                if self._is_stopped:
-                    raise RuntimeError("the run has been stopped")
-            if future.status != "finished":  # or Dask would fetch the result, which is none
-                future.result()  # raises what kept the node from being run
-        finally:
-            del self._said[key]
-            future.cancel()
-
-    def stop(self) -> None:
-        """Have those children killed that run nodes."""
-        self._is_stopped = True
-
-    def close(self) -> None:
-        """Let all children end, and wait for them."""
-        name, client_id = self._name, self._client.id
-
-        def forget(dask_scheduler: Any) -> None:
-            dask_scheduler.task_metadata.pop(name, None)
-            if hasattr(dask_scheduler, "_broker"):  # it has log records of this run
-                dask_scheduler._broker.truncate(client_id)
-            else:  # as in 2024.2
-                dask_scheduler.events.pop(client_id, None)
-
-        with suppress(Exception):  # there may be no cluster any more
-            self._client.unregister_worker_plugin(name)
-            self._client.run_on_scheduler(forget)
-        self._stack.close()
-
-
-class _InChildren(NamedTuple):
-    """Runs nodes in children."""
-
-    engine: Any
-    job: Options  # what is the same for all nodes
-    keys: dict[Node, str]
-    task_options: dict[str, Options]
-
-    def run(self, node: Node, record: _Record) -> None:
-        """Run a node where the engine has room for it."""
-        resources = _task_options(node, self.task_options).get("resources", {})
-        own = {"node": node.name, "key": self.keys[node], "attempts": record.attempts - 1}
-        _run_in_child(self.engine, self.job | own, resources)
-
-    def stop(self) -> None:
-        """Stop nodes that run."""
-        self.engine.stop()
-
-    def close(self) -> None:
-        """Let all children end, and wait for them."""
-        self.engine.close()
-
-
-def _run_in_child(engine: Any, job: Options, resources: Options) -> None:
-    """Run a node on an engine; what it logs there, it logs here."""
-    with closing(engine.run(job, resources)) as messages:
-        for kind, payload in messages:
-            _log_here(kind, payload)
-            if kind == "failed":
-                raise _unpack_error(payload)
-            if kind == "died":
-                problem = f"The process that ran node '{job['node']}' died {payload.decode()}"
-                raise RuntimeError(problem)
-            if kind == "ended":
-                return
-    raise RuntimeError(f"The worker that ran node '{job['node']}' is lost")
+    options = {node: _task_options(node, tasks or {}) for node in pipeline.nodes}
+    return [
+        {node: instantiate_task(node, pipeline_run_id, options[node]) for node in layer}
+        for layer in pipeline.grouped_nodes
+    ]
 
 
 # ---- PrefectRunner ----
 
 
 @dataclass
-class _FlowRun:
-    """What a flow run of this file gives its runner."""
+class _Setup:
+    """What a flow run gives its runner."""
 
     run_id: str = ""  # of Kedro: the version of what is saved, in all attempts
-    options_key: str = ""  # of the options of the run: with others, all nodes run again
-    earlier: dict[str, Any] = field(default_factory=dict)  # by node, its last task run before
+    options_digest: str = ""  # with other options than before, all nodes run again
+    earlier: dict[str, Any] = field(default_factory=dict)  # task runs of attempts before, by node
     can_resume: bool = True
     has_previews: bool = False
     checkpoints: _Checkpoints | None = None
-    make_engine: Callable[[], Any] | None = None
-    job: Options = field(default_factory=dict)  # what children are told of the run
-    loading: ExitStack = field(default_factory=ExitStack)  # held until Kedro has loaded the project
+    open_executor: Callable[..., Any] | None = None  # Without it, nodes run in this process.
+    loading: ExitStack = field(default_factory=ExitStack)  # holds a lock until Kedro has loaded
 
 
-# Task runs that were started, by flow run: Prefect 3 records them late, and who asks must know.
+@dataclass
+class _Outcome:
+    """What a run leaves behind."""
+
+    outputs: dict[str, str] = field(default_factory=dict)  # where each lives
+    failure: BaseException | None = None  # of the node that failed first
+
+
+# How many task runs were started, by flow run: Prefect 3 records them late, and to read them is to
+# wait for so many.
 _started: Counter[str] = Counter()
-
-
-def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> list[str]:
-    """Put parameters, and what hooks have put in memory, into checkpoints, and name these."""
-    values, names = {}, []
-    for name in sorted(pipeline.inputs()):
-        dataset: Any = _get_dataset(catalog, name)
-        if _is_in_memory(_inner(dataset)) and dataset.exists():
-            if _is_parameter(name):
-                values[name] = dataset.load()
-            else:
-                checkpoints.make(name).save(dataset.load())
-                names.append(name)
-    if values:
-        checkpoints.make(_PARAMETERS).save(values)
-        names.append(_PARAMETERS)
-    return names
 
 
 def _longest_path_first(pipeline: Pipeline) -> list[Node]:
@@ -1690,69 +1146,60 @@ def _longest_path_first(pipeline: Pipeline) -> list[Node]:
 def _schedule(
     pipeline: Pipeline, start: Callable[..., None], limit: Callable[[], int]
 ) -> Iterator[tuple[Node, Any]]:
-    """Start each node when those it needs have ended, and yield it with its state at its end."""
-    # One behind a failed one is started as well: Prefect shows it as NotReady, and does not run it.
+    """Start each node when those it needs have ended, and yield it with its state at its end.
+
+    One that needs a failed node is started as well: Prefect calls it NotReady, and does not run it.
+    """
     nodes = pipeline.nodes if limit() == 1 else _longest_path_first(pipeline)
     position = {node: index for index, node in enumerate(nodes)}
-    sorter = TopologicalSorter(needed := pipeline.node_dependencies)
-    sorter.prepare()
+    waiting = TopologicalSorter(pipeline.node_dependencies)
+    waiting.prepare()
     ready: list[int] = []  # a heap of positions
     ended: queue.SimpleQueue[tuple[Node, Any]] = queue.SimpleQueue()
-    states, running = cast("dict[Node, Any]", {}), 0
-    stopped: BaseException | None = None
-    while sorter.is_active():
-        for node in sorter.get_ready():
+    states: dict[Node, Any] = {}
+    running = 0
+    stopped_by: BaseException | None = None
+    while waiting.is_active():
+        for node in waiting.get_ready():
             heapq.heappush(ready, position[node])
-        while ready and running < limit() and stopped is None:
-            node, running = nodes[heapq.heappop(ready)], running + 1
-            start(node, [states[n] for n in needed[node]], lambda end, n=node: ended.put((n, end)))
-        if not running and stopped is not None:
-            raise stopped
-        try:  # in steps, so that Prefect can interrupt it, and a cluster grow
-            node, end = ended.get(timeout=1)
+        while ready and running < limit() and stopped_by is None:
+            node = nodes[heapq.heappop(ready)]
+            upstream = [states[needed] for needed in pipeline.node_dependencies[node]]
+            running += 1
+            start(node, upstream, lambda state, node=node: ended.put((node, state)))
+        if stopped_by is not None and not running:
+            raise stopped_by
+        try:  # It waits in steps, so that Prefect can interrupt it, and that a cluster may grow.
+            node, state = ended.get(timeout=1)
         except queue.Empty:
             continue
         running -= 1
-        if isinstance(end, KeyboardInterrupt):
-            raise end
-        if isinstance(end, BaseException):
+        if isinstance(state, KeyboardInterrupt):
+            raise state
+        if isinstance(state, BaseException):
             # Prefect has stopped the run: nodes that run are waited for, and no other starts.
-            stopped = end if stopped is None else stopped
-            continue
-        states[node] = end
-        sorter.done(node)
-        yield node, end
+            stopped_by = stopped_by or state
+        else:
+            states[node] = state
+            waiting.done(node)
+            yield node, state
 
 
-def _check_for_children(pipeline: Pipeline, hook_manager: Any, log: logging.Logger) -> None:
-    """Refuse what would be lost between processes, and warn of what each has for itself."""
-    for node in pipeline.nodes:
-        if lost := sorted(set(node.confirms) - set(node.inputs)):
-            problem = f"Node '{node.name}' confirms {lost[0]}, which another node reads"
-            remedy = "Each has a process of its own: let the node confirm it that reads it"
-            raise ValueError(f"{problem}. {remedy}, or leave out task_runner.type.")
-    for plugin in hook_manager.get_plugins():
-        calls = {call.name for call in hook_manager.get_hookcallers(plugin) or ()}
-        of_nodes = any("node" in name or "dataset" in name for name in calls)
-        if of_nodes and calls & {"before_pipeline_run", "after_pipeline_run"}:
-            name = type(plugin).__qualname__
-            where = "for the pipeline in this process, and for nodes in theirs"
-            effect = "what it sets, opens or collects in one is not there in others"
-            log.warning("Hooks of %s are called %s: %s", name, where, effect)
-
-
-def _warn_of_shared_files(pipeline: Pipeline, catalog: Any, log: logging.Logger) -> None:
+def _warn_of_shared_files(pipeline: Pipeline, catalog: Any, logger: logging.Logger) -> None:
     """Warn of files that several nodes write, if these may run at the same time."""
     writers: dict[str, list[Node]] = {}
     for node in pipeline.nodes:
-        for place in {_where(name, _get_dataset(catalog, name)) for name in node.outputs}:
-            writers.setdefault(place, []).append(node)
-    for place, nodes in writers.items():
-        behind = {node: {*pipeline.from_nodes(node.name).nodes} for node in nodes[:-1]}
+        for name in node.outputs:
+            dataset = _inner(_get_dataset(catalog, name))
+            path = "" if _is_in_memory(dataset) else _path(dataset)
+            if path and node not in writers.setdefault(path, []):
+                writers[path].append(node)
+    for path, nodes in writers.items():
+        behind = {node: pipeline.from_nodes(node.name).nodes for node in nodes if nodes[1:]}
         for one, other in combinations(nodes, 2):
-            if "/" in place and other not in behind[one] and one not in behind.get(other, ()):
+            if other not in behind[one] and one not in behind[other]:
                 names = f"{one.name} and {other.name}"
-                log.warning("%s may write at the same time: nodes %s", place, names)
+                logger.warning("Nodes %s may write %s at the same time", names, path)
 
 
 class PrefectRunner(SequentialRunner):
@@ -1778,17 +1225,16 @@ class PrefectRunner(SequentialRunner):
         self,
         is_async: bool = False,
         max_workers: int | None = None,
-        task_options: dict[str, Options] | None = None,
-        _flow_run: _FlowRun | None = None,
+        task_options: dict[str, dict[str, Any]] | None = None,
+        _setup: _Setup | None = None,
     ) -> None:
         super().__init__(is_async=is_async)
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}, and has to be 1 or more")
         self._max_workers = max_workers
         self._task_options = task_options or {}
-        self._flow_run = _flow_run or _FlowRun()
-        self.outputs: dict[str, str] = {}  # where each lives, after a run
-        self.failure: BaseException | None = None  # of the node that failed first
+        self._setup = _setup or _Setup()
+        self.outcome = _Outcome()
 
     @property
     def _logger(self) -> logging.Logger:
@@ -1799,36 +1245,34 @@ class PrefectRunner(SequentialRunner):
         self, pipeline: Pipeline, catalog: Any, hook_manager: Any = None, run_id: str | None = None
     ) -> None:
         """Run the nodes, and raise the exception of the first one that failed."""
-        self._flow_run.loading.close()
-        checkpoints = self._flow_run.checkpoints
-        if checkpoints:
-            # To Kedro, a cache is in memory: `kedro run`, as it advises, would not find the file.
-            checkpoints.add_to(catalog, pipeline, pipeline.outputs(), cache=True)
-        run = f"{self._flow_run.options_key}/{run_id}"
-        keys = {node: _task_key(node, catalog, run) for node in pipeline.nodes}
-        resumed: dict[Node, Any] = {}
-        if self._flow_run.earlier:
+        setup = self._setup
+        setup.loading.close()  # The project is loaded: other flow runs may load theirs.
+        # Keys come first: a child, too, makes them before there are checkpoints.
+        options = setup.options_digest
+        keys = {node: _make_key(node, catalog, options, run_id) for node in pipeline.nodes}
+        if setup.checkpoints:
+            # What is returned is in memory, unless a child has to hand it on.
+            in_memory = () if setup.open_executor else pipeline.outputs()
+            setup.checkpoints.add_to(catalog, pipeline, in_memory, cache=True)
+        completed: dict[Node, Any] = {}
+        if setup.earlier:
             get_run_logger().info("Resuming session %s", run_id)
-            resumed = _resume(pipeline, catalog, keys, self._flow_run.earlier)
-        left = Pipeline([node for node in pipeline.nodes if node not in resumed])
-        executor: _InProcess | _InChildren
-        if self._flow_run.make_engine:
-            _check_for_children(pipeline, hook_manager, self._logger)
-            job = self._flow_run.job | {"run_id": run_id, "is_async": self._is_async}
-            job |= {"run": run, "handed_on": _hand_on(catalog, left, cast("Any", checkpoints))}
-            executor = _InChildren(self._flow_run.make_engine(), job, keys, self._task_options)
+            completed = _find_completed(pipeline, catalog, keys, setup.earlier)
+        left = Pipeline([node for node in pipeline.nodes if node not in completed])
+        executor_context: Any
+        if setup.open_executor:
+            executor_context = setup.open_executor(left, catalog, hook_manager, keys)
         else:
-            is_first = not self._flow_run.earlier
-            executor = _InProcess(catalog, hook_manager, self._is_async, run_id, is_first)
-        with closing(executor):
-            self._run_tasks(left, catalog, executor, keys, resumed)
+            here = _InProcess(
+                catalog, hook_manager, self._is_async, run_id, pins_versions=bool(setup.earlier)
+            )
+            executor_context = nullcontext(here)
+        self._run_tasks(left, catalog, executor_context, keys, completed)
         for name in sorted(pipeline.outputs()):
             dataset = _get_dataset(catalog, name)
-            self.outputs[name] = _where(name, dataset)
-            # What a run returns, as `kedro run` does.
-            if isinstance(executor, _InChildren) and _is_in_memory(_inner(dataset)):
-                cast("Any", dataset).save(cast("Any", checkpoints).make(name).load())
-            elif name not in left.all_outputs() and _is_in_memory(dataset):
+            self.outcome.outputs[name] = _location(name, dataset)
+            # Kedro returns the outputs of a run, before 1.0 as values that it loads.
+            if name not in left.all_outputs() and _is_in_memory(_inner(dataset)):
                 self._logger.warning("%s was only in memory: the run returns None for it", name)
                 _set_dataset(catalog, name, _MemoryDataset(None))
 
@@ -1836,66 +1280,62 @@ class PrefectRunner(SequentialRunner):
         self,
         pipeline: Pipeline,
         catalog: Any,
-        executor: "_InProcess | _InChildren",
-        keys: dict[Node, str],
-        resumed: dict[Node, Any],
+        executor_context: Any,
+        keys: dict[Node, _NodeKey],
+        completed: dict[Node, Any],
     ) -> None:
         """Make the tasks, and run them in the order of their needs."""
-        run_key = uuid.uuid4().hex
-        layers = init_kedro_tasks_by_execution_layer(pipeline, run_key, self._task_options)
-        tasks = {node: node_task for layer in layers for node, node_task in layer.items()}
+        pipeline_run_id, flow_run_id = uuid.uuid4().hex, str(runtime.flow_run.id)
+        layers = init_kedro_tasks_by_execution_layer(pipeline, pipeline_run_id, self._task_options)
+        tasks = dict(chain.from_iterable(layer.items() for layer in layers))
         for node, node_task in tasks.items():
-            node_task.task_key = keys[node]
+            # Prefect keeps it with the task run: there a retried flow run finds what was done.
+            node_task.task_key = str(keys[node])
         nodes = {node.name: node for node in pipeline.nodes}
-        records = {name: _Record() for name in nodes}
-        has_previews = self._flow_run.has_previews
-        _runs[run_key] = _Run(nodes, catalog, records, executor, has_previews=has_previews)
-        earlier = {_plain_name(n): run for node, run in resumed.items() for n in node.outputs}
-        limit = self._limit(executor)
-        if limit() > 1:
+        records = {name: _NodeRecord() for name in nodes}
+        # Task runs of earlier attempts, by the name of what they have made, for Prefect's edges.
+        makers = {
+            _without_transcoding(n): run for node, run in completed.items() for n in node.outputs
+        }
+        in_children, workers = bool(self._setup.open_executor), self._max_workers
+        # In children as many nodes run as there is room for, which may grow: each gets a thread.
+        threads = workers or (max(len(nodes), 1) if in_children else _default_workers())
+        with _task_submitter(threads) as submit, executor_context as executor:
+            limit = executor.capacity if in_children and not workers else lambda: threads
+            self._warn(pipeline, catalog, limit())
+            previews = self._setup.has_previews
+            running = _RunningPipeline(nodes, records, catalog, executor, previews)
+
+            def start(node: Node, upstream: list[Any], report: Callable[[Any], None]) -> None:
+                read = makers.keys() & map(_without_transcoding, node.inputs)
+                earlier = {makers[name].id: makers[name].state for name in read}
+                _started[flow_run_id] += 1
+                submit(tasks[node], [*upstream, *earlier.values()], report)
+
+            _running[pipeline_run_id] = running
+            try:
+                self._follow(_schedule(pipeline, start, limit), running, pipeline)
+            finally:
+                del _running[pipeline_run_id]
+
+    def _warn(self, pipeline: Pipeline, catalog: Any, limit: int) -> None:
+        """Say what running nodes one at a time, or side by side, means for this pipeline."""
+        widest = max(map(len, pipeline.grouped_nodes), default=0)
+        if limit > 1:
             _warn_of_shared_files(pipeline, catalog, self._logger)
-        elif (widest := max(map(len, layers), default=0)) > 1 and not self._max_workers:
-            where = "see task_runner in conf/base/prefect.yml, or max_workers of PrefectRunner"
+        elif widest > 1 and not self._max_workers:
+            place = "see task_runner in conf/base/prefect.yml, or max_workers of PrefectRunner"
             advice = "%d nodes run one at a time. Up to %d could run side by side: %s"
-            self._logger.info(advice, len(nodes), widest, where)
-        # A cluster may grow: there, all nodes get a thread, and the limit is asked for each.
-        threads = limit() if self._max_workers or isinstance(executor, _InProcess) else len(nodes)
-        try:
-            with _task_runner(threads) as submit:
+            self._logger.info(advice, len(pipeline.nodes), widest, place)
 
-                def start(node: Node, needed: list[Any], report: Callable[[Any], None]) -> None:
-                    names = earlier.keys() & map(_plain_name, node.inputs)
-                    before = {earlier[name].id: earlier[name].state for name in names}
-                    _started[str(runtime.flow_run.id)] += 1
-                    submit(tasks[node], [*needed, *before.values()], report)
-
-                try:
-                    schedule = _schedule(pipeline, start, limit)
-                    self._follow(schedule, pipeline, catalog, records)
-                except BaseException:
-                    executor.stop()  # or nodes that run would be waited for
-                    raise
-        finally:
-            del _runs[run_key]
-
-    def _limit(self, executor: "_InProcess | _InChildren") -> Callable[[], int]:
-        """Return what tells how many nodes may run at once."""
-        if isinstance(executor, _InChildren) and not self._max_workers:
-            capacity: Callable[[], int] = executor.engine.capacity
-            return capacity
-        by_default = self._max_workers or (_THREADS and _THREADS.value()) or 1
-        return lambda: by_default
-
-    def _follow(
-        self, schedule: Any, pipeline: Pipeline, catalog: Any, records: dict[str, _Record]
-    ) -> None:
+    def _follow(self, schedule: Any, running: _RunningPipeline, pipeline: Pipeline) -> None:
         """Do all that follows from a node's end, until all have ended."""
         load_counts = Counter(chain.from_iterable(node.inputs for node in pipeline.nodes))
-        kept = pipeline.inputs() | pipeline.outputs()
+        never_released = pipeline.inputs() | pipeline.outputs()
         done_nodes: list[Node] = []
         failed: list[tuple[Node, Any]] = []
         for node, state in schedule:
-            error = records[node.name].error
+            error = running.records[node.name].error
             if isinstance(error, KeyboardInterrupt):
                 raise error
             if not state.is_completed():
@@ -1903,19 +1343,20 @@ class PrefectRunner(SequentialRunner):
                 continue
             load_counts.subtract(node.inputs)
             for name in dict.fromkeys([*node.inputs, *node.outputs]):  # as Kedro's own runners do
-                if load_counts[name] < 1 and name not in kept:
-                    catalog.release(name)
+                if load_counts[name] < 1 and name not in never_released:
+                    running.catalog.release(name)
             done_nodes.append(node)
             self._logger.info("Completed node: %s", node.name)
             self._logger.info("Completed %d out of %d tasks", len(done_nodes), len(pipeline.nodes))
         if failed:
-            self._suggest_resume_scenario(pipeline, done_nodes, catalog)
-            node, state = failed[0]  # it ended first, so it is no node that waited for another
-            self.failure = records[node.name].error
-            if self.failure is None:
+            self._suggest_resume_scenario(pipeline, done_nodes, running.catalog)
+            node, state = failed[0]  # It ended first, so it is no node that waited for another.
+            failure = running.records[node.name].error
+            if failure is None:
                 problem = f"The task run of node '{node.name}' ended as {state.name}"
-                self.failure = RuntimeError(f"{problem}: {state.message}")
-            raise self.failure
+                failure = RuntimeError(f"{problem}: {state.message}")
+            self.outcome.failure = failure
+            raise failure
 
 
 # ---- Resuming: a flow run that is retried goes on where it failed ----
@@ -1927,91 +1368,798 @@ async def _read_task_runs(flow_run_id: Any, expected: int, patience: float) -> l
 
     this_run = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(str(flow_run_id))]))
     loop = asyncio.get_running_loop()
-    recorded, changed = -1, loop.time()
+    ended, changed = -1, loop.time()
     async with get_client() as client:
         while True:
-            runs: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
+            task_runs: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
             offset = 0
             while page := await client.read_task_runs(flow_run_filter=this_run, offset=offset):
-                runs.update({run.id: run for run in page if run.state})
+                task_runs.update({each.id: each for each in page if each.state})
                 offset += len(page)
-            states = [run.state for run in runs.values()]
+            before, states = ended, [each.state for each in task_runs.values()]
             ended = sum(state.is_final() or state.name == "NotReady" for state in states)
+            if ended != before:
+                changed = loop.time()
             if ended >= expected or loop.time() - changed > patience:
-                return list(runs.values())
-            if ended != recorded:
-                recorded, changed = ended, loop.time()
+                return list(task_runs.values())
             await asyncio.sleep(0.2)
 
 
-def _is_lost(dataset: Any) -> bool:
-    """Tell whether what a dataset had is gone; those that cannot tell count as there."""
-    can_tell = not _is_in_memory(dataset) and type(dataset)._exists is not _Dataset._exists
-    return can_tell and not dataset.exists()
+def _find_earlier(options_digest: str) -> tuple[str, dict[str, Any]]:
+    """Return the run id of earlier attempts, if any, and each node's last task run, by name."""
+    logger, flow_run = get_run_logger(), cast("Any", FlowRunContext.get()).flow_run
+    if flow_run.start_time == flow_run.state.timestamp:
+        return "", {}  # It runs for the first time; one that was suspended has been running before.
+    # Of the task runs that this process has started, kedro_init goes on.
+    expected = _started[str(flow_run.id)] - 1
+    found = _call_api(_read_task_runs(flow_run.id, expected, patience=10))
+    # By attempt first, because clocks can be set back.
+    found.sort(key=lambda run: (run.flow_run_run_count, run.expected_start_time or run.created))
+    attempts = [(key, each) for each in found if (key := _NodeKey.parse(each.task_key))]
+    if not attempts:
+        logger.warning("All nodes run again: none has been run")
+        return "", {}
+    last, _ = attempts[-1]
+    if last.options_digest != options_digest:
+        logger.warning("All nodes run again: the run has other parameters than before")
+        return "", {}
+    of_run = [(key, each) for key, each in attempts if key.run_id == last.run_id]
+    return last.run_id, {key.node_name: each for key, each in of_run}
 
 
 def _find_what_runs_again(
-    pipeline: Pipeline, catalog: Any, keys: dict[Node, str], earlier: dict[str, Any]
+    pipeline: Pipeline, catalog: Any, keys: dict[Node, _NodeKey], earlier: dict[str, Any]
 ) -> dict[Node, str]:
     """Return the nodes to run, each with the reason: Kedro's resume suggestion, node by node."""
     datasets = {name: _inner(_get_dataset(catalog, name)) for name in pipeline.all_outputs()}
-    needs, again = pipeline.node_dependencies, cast("dict[Node, str]", {})
-    for node in pipeline.nodes:  # those before others come first
-        run, reason = earlier.get(node.name), ""
-        if run is None or not run.state.is_completed():
-            reason = str(run.state.name) if run else "not run"
-        elif run.task_key != keys[node]:
+    needs = pipeline.node_dependencies
+    again: dict[Node, str] = {}
+    for node in pipeline.nodes:  # in the order of their needs
+        task_run, reason = earlier.get(node.name), ""
+        if task_run is None or not task_run.state.is_completed():
+            reason = str(task_run.state.name) if task_run else "not run"
+        elif task_run.task_key != str(keys[node]):
             reason = "its inputs, outputs, parameters or catalog entries have changed"
-        elif lost := ", ".join(name for name in node.outputs if _is_lost(datasets[name])):
+        elif lost := ", ".join(name for name in node.outputs if _is_missing(datasets[name])):
             reason = f"{lost} is gone"
         if reason or needs[node] & again.keys():
             again[node] = reason or "what it needs is made again"
-    todo = list(again)
-    while todo:
-        node = todo.pop()
-        inputs = set(map(_plain_name, node.inputs))
+    to_visit = list(again)
+    while to_visit:
+        node = to_visit.pop()
+        inputs = set(map(_without_transcoding, node.inputs))
         for maker in needs[node] - again.keys():
-            used = [name for name in maker.outputs if _plain_name(name) in inputs]
-            if kept := ", ".join(name for name in used if _is_in_memory(datasets[name])):
-                again[maker] = f"{kept} was only in memory"
-                todo.append(maker)
+            used = [name for name in maker.outputs if _without_transcoding(name) in inputs]
+            if lost := ", ".join(name for name in used if _is_in_memory(datasets[name])):
+                again[maker] = f"{lost} was only in memory"
+                to_visit.append(maker)
     return again
 
 
-def _find_earlier(options_key: str) -> tuple[str, dict[str, Any]]:
-    """Return the run id of earlier attempts, if any, and the last task run of each node."""
-    log, flow_run = get_run_logger(), cast("Any", FlowRunContext.get()).flow_run
-    if flow_run.start_time == flow_run.state.timestamp:
-        return "", {}  # it runs for the first time: one that was suspended has been running, too
-    # Of those that this process has started, kedro_init still runs.
-    read = _read_task_runs(flow_run.id, expected=_started[str(flow_run.id)] - 1, patience=10)
-    runs = [run for run in _call_api(read) if run.task_key.startswith("node/")]
-    if not runs:
-        log.warning("All nodes run again: none has been run")
-        return "", {}
-    # By attempt first: clocks can be set back.
-    runs.sort(key=lambda run: (run.flow_run_run_count, run.expected_start_time or run.created))
-    _, last_options_key, run_id, *_ = runs[-1].task_key.split("/")
-    if last_options_key != options_key:
-        log.warning("All nodes run again: the run has other parameters than before")
-        return "", {}
-    ours = [run for run in runs if f"/{run_id}/" in run.task_key]
-    return run_id, {run.task_key.split("/", 4)[4]: run for run in ours}
-
-
-def _resume(
-    pipeline: Pipeline, catalog: Any, keys: dict[Node, str], earlier: dict[str, Any]
+def _find_completed(
+    pipeline: Pipeline, catalog: Any, keys: dict[Node, _NodeKey], earlier: dict[str, Any]
 ) -> dict[Node, Any]:
     """Return what earlier attempts of this flow run have completed, each with its task run."""
-    log = get_run_logger()
+    logger = get_run_logger()
     again = _find_what_runs_again(pipeline, catalog, keys, earlier)
     for node in again:
+        if node.confirms and earlier.get(node.name) and earlier[node.name].state.is_completed():
+            problem = f"Node '{node.name}' has confirmed {', '.join(node.confirms)}, and cannot run"
+            remedy = "Save what it hands on, with the catalog or checkpoints, and start a new run."
+            raise RuntimeError(f"{problem} again, but {again[node]}. {remedy}")
         _remove_versions(node, catalog)
-    completed = sum(run.state.is_completed() for run in earlier.values())
-    log.info("%d of %d nodes had completed", completed, len(pipeline.nodes))
+    completed = sum(task_run.state.is_completed() for task_run in earlier.values())
+    logger.info("%d of %d nodes had completed", completed, len(pipeline.nodes))
     for node in list(again)[:NAMES_SHOWN]:
-        log.info("Runs again: %s (%s)", node.name, again[node])
+        logger.info("Runs again: %s (%s)", node.name, again[node])
     return {node: earlier[node.name] for node in pipeline.nodes if node not in again}
+
+
+# ---- Pictures and artifacts: what Prefect's UI shows of a pipeline and of its datasets ----
+
+# In a description of ours, and invisible there: one without this line is somebody's own.
+_MARKER = "[register_prefect_flow.py]: #"
+_ROW = 36  # pixels from one node to the next below it, in a picture of a pipeline
+
+
+def _escape_markdown(text: str) -> str:
+    """Write a text in Markdown so that nothing in it is markup, and it stays in its table cell."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    # Backslashes, because the older UI decodes few entities.
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
+
+
+class _Box(NamedTuple):
+    """Where a node is in a picture, in pixels."""
+
+    left: float
+    right: float
+    middle: float
+
+
+def _label(node: Node) -> str:
+    """Return what fits into the box of a node."""
+    return node.name if len(node.name) <= NAME_DRAWN else f"{node.name[:NAME_DRAWN]}..."
+
+
+def _place_boxes(pipeline: Pipeline) -> dict[Node, _Box]:
+    """Place layers from left to right, each node near the height of those that it needs."""
+    layers, needed, left = pipeline.grouped_nodes, pipeline.node_dependencies, 4
+    rows = max(map(len, layers), default=0)
+    boxes: dict[Node, _Box] = {}
+    for layer in layers:
+        heights = {node: [boxes[other].middle for other in needed[node]] for node in layer}
+        means = {node: sum(heights[node]) / max(len(heights[node]), 1) for node in layer}
+        right = left + 7 * max(len(_label(node)) for node in layer) + 16
+        top = _ROW * (rows - len(layer)) / 2
+        for row, node in enumerate(sorted(layer, key=means.__getitem__)):
+            boxes[node] = _Box(left, right, top + _ROW * (row + 0.5))
+        left = right + 24
+    return boxes
+
+
+def _draw(pipeline: Pipeline) -> str:
+    """Draw a pipeline as SVG: a box for each node, with its whole name under the pointer."""
+    boxes, drawn, lines = _place_boxes(pipeline), [], []
+    for node, (left, right, y) in boxes.items():
+        drawn.append(
+            f'<g><title>{html.escape(node.name)}</title><rect x="{left}" y="{y - 14:g}"'
+            f' width="{right - left}" height="28" rx="5" fill="#334155"/>'
+            f'<text x="{(left + right) / 2:g}" y="{y + 4.5:g}">'
+            f"{html.escape(_label(node))}</text></g>"
+        )
+        for _, x, middle in (boxes[other] for other in pipeline.node_dependencies[node]):
+            bend = f"{x + 14} {middle:g} {left - 14} {y:g}"
+            lines.append(f"M {x} {middle:g} C {bend} {left} {y:g}")
+    width = max((box.right for box in boxes.values()), default=0) + 4
+    height = _ROW * max(map(len, pipeline.grouped_nodes), default=0)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+        f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13"'
+        f' text-anchor="middle"><path d="{" ".join(lines)}" fill="none" stroke="#94a3b8"'
+        f' stroke-width="1.5"/><g fill="#fff">{"".join(drawn)}</g></svg>'
+    )
+
+
+def _picture(pipeline: Pipeline) -> str:
+    """Return the drawing in Markdown."""
+    if len(pipeline.nodes) > NODES_DRAWN:
+        return f"{len(pipeline.nodes)} nodes, which are too many to draw."
+    drawn = base64.b64encode(_draw(pipeline).encode()).decode()
+    return f"![the pipeline](data:image/svg+xml;base64,{drawn})"
+
+
+def _without_secrets(options: Options) -> Options:
+    """Return the options of a run as they may be shown: no runtime values, no passwords in URLs."""
+    names = ", ".join(options.get("runtime_params", ()))
+    shown = options | ({"runtime_params": names} if names else {})
+    return {name: _without_password(str(value)) for name, value in shown.items()}
+
+
+def _without_password(text: str) -> str:
+    """Remove users and passwords from URLs."""
+    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+
+
+def _describe_deployment(pipeline: Pipeline, options: Options) -> str:
+    """Describe what a deployment runs in Markdown."""
+    lines = [
+        f"- {name}: {_escape_markdown(text)}" for name, text in _without_secrets(options).items()
+    ]
+    marker = f"{_MARKER} (to keep what you write here, remove this line)"
+    return "\n".join([*lines, f"\n{_picture(pipeline)}", f"\n{marker}"])
+
+
+def _artifact_key(name: str) -> str:
+    """Return the key of an artifact of this project: it may hold a-z, 0-9 and hyphens only."""
+    package, slug = (re.sub(r"[^a-z0-9]+", "-", n.lower()).strip("-") for n in (_flow_name(), name))
+    if slug != name or "-" in name:  # so that no two are the same
+        slug = f"{slug[:50]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+    return f"{package}-{slug}"
+
+
+def _render(name: str, dataset: Any, arguments: dict[str, Any]) -> str:
+    """Return a dataset's own preview as Markdown, under its name."""
+    preview = _preview_method(dataset)
+    kind = str(inspect.signature(preview).return_annotation)
+    content: Any = preview(**arguments)
+    if "ImagePreview" in kind:
+        shown = f"![preview](data:image/png;base64,{content})"
+    elif isinstance(content, dict) and {"columns", "data"} <= content.keys():
+        head, *rows = (
+            [_escape_markdown(str(cell)) for cell in row]
+            for row in (content["columns"], *content["data"])
+        )
+        shown = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---" for _ in head], *rows))
+    else:
+        with suppress(TypeError, ValueError):  # It is a text that is JSON, or else shown as it is.
+            content = json.loads(content)
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, default=str)
+        shown = textwrap.indent(text, " " * 4)
+    if len(shown) > PREVIEW_SHOWN:
+        raise ValueError(f"it has {len(shown)} characters, more than {PREVIEW_SHOWN}")
+    return f"### {_escape_markdown(name)}\n\n{shown}\n"
+
+
+def _show_previews(node: Node, catalog: Any) -> None:
+    """Show those of a node's outputs whose catalog entry asks for it; the server keeps them."""
+    for name in node.outputs:
+        dataset = _inner(_get_dataset(catalog, name))
+        try:
+            metadata = getattr(dataset, "metadata", None)
+            wanted = metadata.get("prefect") if isinstance(metadata, dict) else None
+            if isinstance(wanted, dict) and wanted.get("preview"):
+                text = _render(name, dataset, wanted.get("preview_args") or {})
+                _call_api(_create_artifact(text, _artifact_key(name)), SERVER_TIMEOUT)
+        except Exception as error:
+            logger = logging.getLogger("kedro")
+            logger.warning("No preview of '%s' in Prefect: %r", name, error)
+
+
+async def _create_artifact(text: str, key: str) -> None:
+    """Add Markdown to the task run that goes on here."""
+    created: Any = create_markdown_artifact(text, key=key)
+    if inspect.isawaitable(created):  # In Prefect 2 it is done by now.
+        await created
+
+
+# ---- Engines: nodes in children, here and under Dask workers ----
+#
+# A child is a process that has opened the project for one flow run, with its code as it is now.
+# Names of nodes go there; log records come back, and how each node ended. After a run it ends as a
+# Python process does; with all that it has started it is killed when a node is stopped, or when its
+# parent is gone. Dask says which machine has room for a node. What starts children is an engine: it
+# runs a job, says how many it can run at once, stops, and closes.
+
+_PARAMETERS = "parameters"  # the name of the checkpoint that hands on their values
+_IN_CHILD = "child"  # the id of the pipeline that a child runs
+_CHILD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("register_prefect_flow", sys.argv[1])
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module._be_child(int(sys.argv[2]))
+"""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a child is told of a flow run, and of the node to run."""
+
+    options: Options
+    run_id: str
+    options_digest: str
+    is_async: bool
+    versions: dict[str, str]  # of Kedro, Python and code, in the flow
+    folder: str  # of checkpoints
+    credentials: str  # the name of the entry for that folder
+    handed_on: tuple[str, ...] = ()  # names of datasets that have a checkpoint from the flow
+    node_name: str = ""
+    key: str = ""  # of the node, in the flow
+    attempt: int = 1
+    id: str = ""  # of this attempt
+
+
+def _versions(metadata: ProjectMetadata) -> dict[str, str]:
+    """Return what has to be the same wherever nodes of a run are run: versions, and code."""
+    package = Path(metadata.source_dir) / metadata.package_name
+    files = [THIS_FILE, *(path for path in package.rglob("*.py") if path.is_file())]
+    code = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"Kedro": kedro.__version__, "Python": python, **code}
+
+
+def _check_versions(metadata: ProjectMetadata, of_flow: dict[str, str]) -> None:
+    """Refuse to run nodes with another version, or with code that is not that of the flow."""
+    # A file that is not loaded may be new: no node runs it.
+    loaded = {str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]}
+    for name, version in _versions(metadata).items():
+        if name in ("Kedro", "Python") and version != of_flow[name]:
+            problem = f"{name} is {version} on {platform.node()}, and {of_flow[name]} in the flow"
+            raise RuntimeError(f"{problem}. Install the same there.")
+        if name in loaded and version != of_flow.get(name):
+            problem = f"{name} on {platform.node()} is not as it was when the flow run started"
+            raise RuntimeError(f"{problem}. Start the run again; elsewhere, update it first.")
+
+
+def _open_run(job: _Job, metadata: ProjectMetadata) -> dict[str, _NodeKey]:
+    """Open the project in a child, and return the keys of its nodes: they are as in the flow."""
+    session = _open_session(job.options)
+    context, pipeline = _load_project(session, job.options, _pipeline_names(job.options))
+    _check_versions(metadata, job.versions)
+    catalog = _load_catalog(context, job.options, job.run_id)
+    credentials = _read_credentials(session, job.options, job.credentials)
+    checkpoints = _Checkpoints(job.folder, credentials)
+    if _PARAMETERS in job.handed_on:
+        for name, value in checkpoints.make(_PARAMETERS).load().items():
+            _set_dataset(catalog, name, _MemoryDataset(value))
+    nodes = {node.name: node for node in pipeline.nodes}
+    key = functools.partial(_make_key, catalog=catalog, options_digest=job.options_digest)
+    keys = {name: key(node, run_id=job.run_id) for name, node in nodes.items()}
+    checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
+    for name in {*job.handed_on} - {_PARAMETERS}:
+        _set_dataset(catalog, name, checkpoints.make(name))
+    hooks = _hook_manager(session)
+    executor = _InProcess(catalog, hooks, job.is_async, job.run_id, pins_versions=True)
+    records = {name: _NodeRecord() for name in nodes}
+    _running[_IN_CHILD] = _RunningPipeline(nodes, records, catalog, executor)
+    return keys
+
+
+def _run_job(job: _Job, keys: dict[str, _NodeKey]) -> None:
+    """Run a node in a child, if it is the same node there as in the flow."""
+    running = _running[_IN_CHILD]
+    node = running.nodes[job.node_name]
+    if str(keys[node.name]) != job.key:
+        problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
+        remedy = "Does a resolver give another value each time? Put the value into a parameter."
+        raise RuntimeError(f"{problem}. {remedy}")
+    running.records[node.name].attempts = job.attempt - 1
+    try:
+        kedro_task(node.name, _IN_CHILD)
+    finally:
+        for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
+            running.catalog.release(name)
+
+
+def _pack_error(error: BaseException, with_object: bool) -> bytes:
+    """Write an exception down: as itself, if that can be, and as text."""
+    names = type(error).__module__, type(error).__name__
+    trace, pickled = _writable("".join(traceback.format_exception(error))), b""
+    with suppress(Exception):  # There is much that cannot be pickled.
+        pickled = pickle.dumps(error) if with_object else b""
+    return pickle.dumps((pickled, (*names, _text_of(error)), trace))
+
+
+def _unpack_error(payload: bytes) -> BaseException:
+    pickled, description, trace = pickle.loads(payload)
+    error: Any = None
+    with suppress(Exception):  # Its class may need other arguments than it keeps.
+        error = pickle.loads(pickled)
+    error = error if isinstance(error, BaseException) else _stand_in(*description)
+    error.__cause__ = RuntimeError(f"in another process\n{trace}")
+    return cast("BaseException", error)
+
+
+def _send_logs(send: Callable[..., None]) -> None:
+    """Send what is logged in a child to the flow, which has the project's handlers."""
+    records: Any = SimpleNamespace(put_nowait=lambda record: send("log", pickle.dumps(record)))
+    for name in logging.root.manager.loggerDict:
+        logger = logging.getLogger(name)
+        logger.handlers = [] if logger.propagate else [logging.handlers.QueueHandler(records)]
+    logging.root.handlers = [logging.handlers.QueueHandler(records)]
+
+
+def _be_child(connection_number: int) -> None:
+    """Run nodes of a flow run, and send messages, until there is nothing more to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # It is the flow that Ctrl-C stops.
+    os.environ["KEDRO_DISABLE_TELEMETRY"] = "1"  # The flow sends it.
+    os.set_inheritable(connection_number, False)
+    connection, lock, child = Connection(connection_number), threading.Lock(), os.getpid()
+    jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+    def be_fork() -> None:
+        """Hold no connection, which is the child's only, and print what is logged."""
+        if os.getppid() == child:  # else it is closed already
+            os.close(connection_number)
+            logging.basicConfig(force=True)
+
+    def send(kind: str, payload: bytes = b"") -> None:
+        with lock:
+            connection.send((kind, payload))
+
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                jobs.put(connection.recv())
+        # The flow is gone, whatever a node is doing: a fork leaves the group, and kills it.
+        if not os.fork():
+            os.setsid()
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # Others wait for the ends of their pipes.
+            _kill_group(child)
+            os._exit(0)
+
+    os.register_at_fork(after_in_child=be_fork)
+    threading.Thread(target=listen, daemon=True).start()
+    keys: dict[str, _NodeKey] = {}
+    while fields := jobs.get():
+        try:
+            job = _Job(**fields)
+            if not keys:
+                metadata = _bootstrap()
+                _send_logs(send)
+                keys = _open_run(job, metadata)
+            _run_job(job, keys)
+            message = ("completed", b"")
+        except BaseException as error:  # What opening raises may refer to credentials.
+            message = ("failed", _pack_error(error, with_object=bool(keys)))
+        send(*message)
+
+
+def _kill_group(leader: int) -> None:
+    """Kill a process, and then all that it has started.
+
+    These have a second to clean up: what frees the shared memory of joblib does not heed SIGTERM,
+    and ends by itself when the others have ended.
+    """
+    with suppress(ProcessLookupError):
+        os.kill(leader, signal.SIGKILL)
+        os.killpg(leader, signal.SIGTERM)
+        time.sleep(1)
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _log_record(payload: bytes) -> None:
+    """Log what has been logged in a child."""
+    record = pickle.loads(payload)
+    logging.getLogger(record.name).handle(record)
+
+
+class _Child:
+    """A child, as whoever started it sees it."""
+
+    def __init__(self, script: str) -> None:
+        self._connection, end = Pipe()
+        command = [sys.executable, "-uc", _CHILD, script, str(end.fileno())]
+        arguments: Any = {"stdin": subprocess.DEVNULL, "cwd": Path(script).parent}
+        arguments |= {"start_new_session": True, "pass_fds": [end.fileno()]}
+        self._process = subprocess.Popen(command, **arguments)
+        end.close()
+        self.node_name = ""  # of the node that it runs, or has run last
+        self._reaping = threading.Lock()
+
+    def send(self, job: dict[str, Any] | None) -> None:
+        """Give the child a node to run; without one, it ends when its threads have ended."""
+        with suppress(OSError):  # It has died, as receiving will tell.
+            self._connection.send(job)
+
+    def receive(self) -> tuple[str, bytes]:
+        """Wait for a message, in steps, so that a timeout of Prefect can interrupt it."""
+        while not self._connection.poll(0.2):
+            if not self.is_alive() and not self._connection.poll():
+                return ("ended", b"")  # though something that it has started holds its connection
+        try:
+            return cast("tuple[str, bytes]", self._connection.recv())
+        except (EOFError, OSError):
+            return ("ended", b"")
+        except Exception as error:
+            return ("ended", f", for what it sent cannot be read: {error!r}".encode())
+
+    def is_alive(self) -> bool:
+        """Tell whether it runs."""
+        with self._reaping:
+            return self._process.poll() is None
+
+    def kill(self) -> int:
+        """Kill it, and all that it has started, and return its exit code."""
+        with self._reaping:
+            if self._process.returncode is None:  # Else its pid may have been given to another.
+                _kill_group(self._process.pid)
+            return self._process.wait()
+
+    def wait(self) -> None:
+        """Wait until it has ended, and log what it says meanwhile."""
+        problem = "The process that ran node '%s' goes on, and is waited for: a thread?"
+        logger = logging.getLogger("kedro")
+        warning = threading.Timer(10, logger.warning, (problem, self.node_name))
+        warning.start()
+        while (message := self.receive())[0] == "log":
+            _log_record(message[1])
+        while self.is_alive():
+            time.sleep(0.02)
+        warning.cancel()
+
+
+class _ChildPool:
+    """The children of a flow run on one machine. Sent to Dask's workers by value."""
+
+    def __init__(self, script: str) -> None:
+        self._script = script
+        self._busy: dict[str, Any] = {}  # by id of the job
+        self._idle: list[Any] = []
+        self._is_stopped = False
+
+    def capacity(self) -> int:
+        """Return how many nodes this machine can run at once."""
+        return os.cpu_count() or 1
+
+    def run(
+        self,
+        job: dict[str, Any],
+        _resources: Any = None,  # which are for Dask
+        hear: Callable[[bytes], None] = _log_record,
+    ) -> tuple[str, bytes]:
+        """Run a node in a child, let its log records be heard, and return how it ended."""
+        if not Path(self._script).exists():
+            problem = "the project has to be at the same path there, with this file"
+            raise FileNotFoundError(f"{platform.node()} has no {self._script}: {problem}.")
+        child, kind = self._take(job), ""
+        try:
+            child.send(job)
+            while True:
+                kind, payload = child.receive()
+                if kind == "ended" and self._is_stopped:
+                    return "stopped", b"has been stopped with the run"
+                if kind == "ended":
+                    code = child.kill()
+                    by = " (killed, perhaps for lack of memory)" if code == -signal.SIGKILL else ""
+                    return "died", f"died with exit code {code}{by}".encode() + payload
+                if kind != "log":
+                    return kind, payload
+                hear(payload)
+        finally:
+            del self._busy[job["id"]]
+            if kind in ("completed", "failed"):
+                self._idle.append(child)
+            else:
+                child.kill()
+
+    def _take(self, job: dict[str, Any]) -> Any:
+        """Make an idle child, or a new one, a busy one."""
+        child: Any = None
+        # An idle one may have been killed, for lack of memory.
+        while child is None or not child.is_alive():
+            try:
+                child = self._idle.pop()
+            except IndexError:
+                child = _Child(self._script)
+        self._busy[job["id"]], child.node_name = child, job["node_name"]
+        if self._is_stopped:
+            child.kill()
+        return child
+
+    def kill(self, job_id: str) -> None:
+        """Kill the child that runs a job, if any does."""
+        if child := self._busy.get(job_id):
+            child.kill()
+
+    def stop(self) -> None:
+        """Kill all children, if any runs a node."""
+        self._is_stopped = True
+        children = [*self._busy.values(), *self._idle] if self._busy else []
+        with ThreadPoolExecutor() as threads:
+            threads.map(lambda child: child.kill(), children)
+
+    def close(self) -> None:
+        """Let all children end as Python processes do, and wait for them."""
+        children, self._idle = self._idle, []
+        try:
+            for child in children:
+                child.send(None)
+            for child in children:
+                child.wait()
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
+
+
+def _make_plugin(name: str, topic: str, script: str) -> Any:  # noqa: C901  # a class by value
+    """Make what keeps the children of a flow run on each Dask worker; it is sent by value."""
+    distributed: Any = importlib.import_module("distributed")
+    if __name__ != "__main__":
+        importlib.import_module("cloudpickle").register_pickle_by_value(sys.modules[__name__])
+
+    class FlowRunChildren(distributed.WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: Any) -> None:
+            self._worker, self._children = worker, _ChildPool(script)
+            self._jobs: set[str] = set()  # that have run here
+
+        async def teardown(self, worker: Any) -> None:  # noqa: ARG002
+            self._children.stop()
+            await asyncio.to_thread(self._children.close)
+
+        def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+            """Kill the child of a node that the flow has cancelled; end all if it is gone."""
+            if key in self._jobs and finish == "released":
+                if start == "executing":
+                    threading.Thread(target=self._children.kill, args=(key,)).start()
+                else:  # The flow holds what has completed as long as it lives.
+                    threading.Thread(target=self._leave).start()
+
+        def _leave(self) -> None:
+            with suppress(Exception):  # Another worker may have been faster.
+                self._client.unregister_worker_plugin(name)
+
+        def run(self, job: dict[str, Any]) -> None:
+            """Run a node in a child, and pass on its messages."""
+            key, self._client = job["id"], distributed.get_client()
+            if self._client.get_metadata([key], default=False):
+                return  # Dask runs it again, because the worker that ran it is lost.
+            self._client.set_metadata([key], value=True)
+            self._jobs.add(key)
+
+            def send(*message: Any) -> None:
+                self._worker.log_event(topic, (key, *message))
+
+            send(*self._children.run(job, hear=functools.partial(send, "log")))
+
+    plugin = FlowRunChildren()
+    plugin.name = name
+    return plugin
+
+
+def _connect(stack: ExitStack, arguments: dict[str, Any]) -> Any:
+    """Return a client of the Dask cluster that task_runner describes, when it has a worker."""
+    distributed: Any = importlib.import_module("distributed")
+    arguments = {"timeout": 20} | arguments
+    place: Any = "this machine"
+    try:
+        if name := arguments.pop("cluster_class", None):
+            module, _, class_name = name.rpartition(".")
+            make = getattr(_import_optional(module, module.partition(".")[0], name), class_name)
+            arguments["address"] = stack.enter_context(make(**arguments.pop("cluster_kwargs", {})))
+        elif not {"address", "host", "scheduler_file"} & arguments.keys():
+            # A cluster here needs no processes: its workers do nothing but start children.
+            boards = dict.fromkeys(("dashboard_address", "worker_dashboard_address"), "127.0.0.1:0")
+            arguments = {"processes": False, "memory_limit": 0} | boards | arguments
+        place = arguments.get("address", place)
+        message = "Waiting up to %s s for Dask workers at %s"
+        logging.getLogger("kedro").info(message, arguments["timeout"], place)
+        client = stack.enter_context(distributed.Client(**arguments))
+        client.wait_for_workers(1, timeout=arguments["timeout"])
+    except TypeError as error:  # It names the argument.
+        raise ClickException(f"prefect.yml: Dask refuses a key of task_runner: {error}") from error
+    except (OSError, asyncio.TimeoutError, ValueError, RuntimeError) as error:
+        problem = f"prefect.yml: there is no Dask cluster with workers at {place}: {error}"
+        remedy = "Start `dask scheduler` and `dask worker`, and give task_runner.address"
+        raise ClickException(f"{problem}. {remedy}, or a longer timeout.") from error
+    return client
+
+
+class _Dask:
+    """A Dask cluster, whose workers run nodes of a flow run in children."""
+
+    def __init__(self, script: str, arguments: dict[str, Any]) -> None:
+        self._name = f"kedro-{uuid.uuid4().hex}"
+        self._futures: dict[str, Any] = {}  # by id of the job; held as long as the flow lives
+        self._contexts: dict[str, contextvars.Context] = {}  # of the tasks, for their log records
+        self._ends: dict[str, tuple[str, bytes]] = {}
+        self._capacity, self._asked_at = 1, 0.0
+        _import_optional("distributed", "distributed", "task_runner.type dask")
+        with ExitStack() as stack:
+            logger = logging.getLogger("distributed")  # whose level is set by its import
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+            self._client = _connect(stack, arguments)
+            self._client.subscribe_topic(self._client.id, self._hear)
+            self._client.register_plugin(_make_plugin(self._name, self._client.id, script))
+            self._stack = stack.pop_all()
+
+    def capacity(self) -> int:
+        """Return how many nodes the cluster can run at once; it is asked each second."""
+        if time.monotonic() > self._asked_at + 1:
+            self._asked_at = time.monotonic()
+            with suppress(Exception):  # The cluster is lost: nodes fail with the reason.
+                self._capacity = sum(self._client.nthreads().values()) or 1
+        return self._capacity
+
+    def _hear(self, event: Any) -> None:
+        _, message = event
+        if isinstance(message, tuple):  # else it is Dask's own
+            job_id, kind, payload = message
+            if kind != "log":
+                self._ends[job_id] = kind, payload
+            elif context := self._contexts.get(job_id):
+                context.run(_log_record, payload)
+
+    def run(self, job: dict[str, Any], resources: Any) -> tuple[str, bytes]:
+        """Run a node in a child of the worker that has room, and return how it ended."""
+        distributed: Any = importlib.import_module("distributed")
+        name, job_id = self._name, job["id"]
+        self._contexts[job_id] = contextvars.copy_context()
+
+        def run_on_worker(job: dict[str, Any]) -> None:
+            importlib.import_module("distributed").get_worker().plugins[name].run(job)
+
+        arguments = {"key": job_id, "pure": False, "resources": resources or None}
+        self._futures[job_id] = future = self._client.submit(run_on_worker, job, **arguments)
+        try:
+            while not future.done():  # in steps, so that a timeout of Prefect can interrupt it
+                with suppress(asyncio.TimeoutError, TimeoutError):
+                    distributed.wait(future, timeout=0.2)
+            if future.status != "finished":
+                future.result()  # raises what kept the node from being run
+            return self._ends.pop(job_id, ("lost", b"is lost with its worker"))
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            del self._contexts[job_id]
+
+    def stop(self) -> None:
+        """Have those children killed that run nodes."""
+        self._client.cancel([future for future in self._futures.values() if not future.done()])
+
+    def close(self) -> None:
+        """Let all children end, and wait for them."""
+        with suppress(Exception):  # There may be no cluster any more.
+            self._client.unsubscribe_topic(self._client.id)  # Dask says there that it has closed.
+            self._client.unregister_worker_plugin(self._name)
+            self._client.run_on_scheduler(_forget_events, self._client.id)
+        self._stack.close()
+
+
+class _InChildren(NamedTuple):
+    """Runs nodes in children."""
+
+    engine: _ChildPool | _Dask
+    job: _Job  # what is the same for all nodes
+    keys: dict[Node, _NodeKey]
+    tasks: dict[str, dict[str, Any]]  # of prefect.yml
+
+    def run(self, node: Node, attempt: int) -> None:
+        """Run a node where the engine has room for it."""
+        job = asdict(self.job) | {"id": f"{node.name}-{uuid.uuid4().hex}", "node_name": node.name}
+        job |= {"key": str(self.keys[node]), "attempt": attempt}
+        resources = _task_options(node, self.tasks).get("resources")
+        kind, payload = self.engine.run(job, resources)
+        if kind == "failed":
+            raise _unpack_error(payload)
+        if kind != "completed":
+            raise RuntimeError(f"The process that ran node '{node.name}' {payload.decode()}")
+
+    def capacity(self) -> int:
+        """Return how many nodes can run at once."""
+        return self.engine.capacity()
+
+
+def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> tuple[str, ...]:
+    """Put parameters, and what hooks have put in memory, into checkpoints, and name these."""
+    values, names = {}, []
+    for name in sorted(pipeline.inputs()):
+        dataset: Any = _get_dataset(catalog, name)
+        if _is_in_memory(_inner(dataset)) and dataset.exists():
+            if _is_parameter(name):
+                values[name] = dataset.load()
+            else:
+                checkpoints.make(name).save(dataset.load())
+                names.append(name)
+    if values:
+        checkpoints.make(_PARAMETERS).save(values)
+        names.append(_PARAMETERS)
+    return tuple(names)
+
+
+def _check_for_children(pipeline: Pipeline, hook_manager: Any) -> None:
+    """Refuse what would be lost between processes, and warn of what each has for itself."""
+    for node in pipeline.nodes:
+        if lost := sorted(set(node.confirms) - set(node.inputs)):
+            problem = f"Node '{node.name}' confirms {lost[0]}, which another node reads"
+            remedy = "Each has a process of its own: let the node confirm it that reads it"
+            raise ValueError(f"{problem}. {remedy}, or leave out task_runner.type.")
+    for plugin in hook_manager.get_plugins():
+        calls = {call.name for call in hook_manager.get_hookcallers(plugin) or ()}
+        of_nodes = any("node" in name or "dataset" in name for name in calls)
+        if of_nodes and calls & {"before_pipeline_run", "after_pipeline_run"}:
+            name = type(plugin).__qualname__
+            place = "for the pipeline in this process, and for nodes in theirs"
+            effect = "what it sets, opens or collects in one is not there in others"
+            logging.getLogger("kedro").warning("Hooks of %s are called %s: %s", name, place, effect)
+
+
+@contextmanager
+def _open_executor(
+    start_engine: Callable[[], _ChildPool | _Dask],
+    job: _Job,
+    checkpoints: _Checkpoints,
+    tasks: dict[str, dict[str, Any]],
+    pipeline: Pipeline,
+    catalog: Any,
+    hook_manager: Any,
+    keys: dict[Node, _NodeKey],
+) -> Iterator[_InChildren]:
+    """Yield what runs the nodes of a run in children; at the end, wait for all of these to end."""
+    _check_for_children(pipeline, hook_manager)
+    job = replace(job, handed_on=_hand_on(catalog, pipeline, checkpoints))
+    engine = start_engine()
+    try:
+        yield _InChildren(engine, job, keys, tasks)
+    except BaseException:
+        engine.stop()  # Else nodes that run would be waited for.
+        raise
+    finally:
+        engine.close()
 
 
 # ---- Logs ----
@@ -2026,11 +2174,12 @@ class _RunLogs(APILogHandler):
 
     def filter(self, record: Any) -> Any:
         """Take a line of this run: several runs may go on in one process."""
-        if os.getpid() != self._process:  # in a fork, Prefect's threads and locks do not work
+        if os.getpid() != self._process:  # In a fork, Prefect's threads and locks do not work.
             return False
         if not getattr(record, "flow_run_id", None):
-            found = runtime.flow_run.id or self._flow_run_id
-            record.flow_run_id = str(uuid.UUID(str(found)))  # an agent of Prefect 2 has no hyphens
+            flow_run_id = runtime.flow_run.id or self._flow_run_id
+            # An agent of Prefect 2 writes it without hyphens.
+            record.flow_run_id = str(uuid.UUID(str(flow_run_id)))
             record.task_run_id = runtime.task_run.id
         return str(record.flow_run_id) == self._flow_run_id and super().filter(record)
 
@@ -2046,10 +2195,10 @@ def _logs_to_prefect() -> Iterator[None]:
     handler = _RunLogs(str(runtime.flow_run.id))
     loggers = [*map(logging.getLogger, sorted({"kedro", _flow_name(), *extra}))]
     for logger in loggers:
-        above: Any = logger
-        while above and APILogHandler not in map(type, above.handlers):
-            above = above.parent if above.propagate else None
-        if not above:  # else what it logs is sent already
+        ancestor: Any = logger
+        while ancestor and APILogHandler not in map(type, ancestor.handlers):
+            ancestor = ancestor.parent if ancestor.propagate else None
+        if not ancestor:  # Else what it logs is sent already.
             logger.addHandler(handler)
     try:
         yield
@@ -2068,13 +2217,13 @@ def _keep_generator() -> None:
     seeded that would draw other numbers than with `kedro run`.
     """
     for name in ("client", "asyncio.connection", "sync.connection", "legacy.protocol"):
-        with suppress(ImportError):  # which of them there are depends on the version
+        with suppress(ImportError):  # Which of them there are depends on the version.
             module = importlib.import_module(f"websockets.{name}")
             if getattr(module, "random", None) is random:
                 cast("Any", module).random = random.Random()  # noqa: S311  # as it was
 
 
-@functools.cache  # once in a process, for whose life it holds
+@functools.cache  # The handler stays for the life of the process, and once is enough.
 def _free_forks() -> None:
     """Let SIGTERM end what a node forks: Prefect's handler, which it inherits, would not.
 
@@ -2089,30 +2238,36 @@ def _free_forks() -> None:
         os.register_at_fork(after_in_child=restore)
 
 
-def _add_engine(flow_run: _FlowRun, config: _Config, session: Any, options: Options) -> None:
-    """Add the checkpoints and the engine that prefect.yml describes."""
-    if (place := _place_checkpoints(config, options)).get("url"):
-        folder = f"{place['url'].rstrip('/')}/{runtime.flow_run.id}"
-        name = place.get("credentials", "")
-        flow_run.checkpoints = _Checkpoints(folder, _read_credentials(session, options, name))
-        flow_run.job = {"options": options, "folder": folder, "credentials": name}
-    kind = config.task_runner.get("type", "threads")
-    if kind != "threads":
-        flow_run.job["same"] = _fingerprint(_bootstrap())
-        of_dask = {k: v for k, v in config.task_runner.items() if k not in _SHAPE["task_runner"]}
-        on_dask = functools.partial(_Dask, str(THIS_FILE), of_dask)
-        here = functools.partial(_Children, str(THIS_FILE))
-        flow_run.make_engine = on_dask if kind == "dask" else here
-
-
-def _make_runner(config: _Config, flow_run: _FlowRun) -> PrefectRunner:
+def _make_runner(config: _Config, setup: _Setup) -> PrefectRunner:
     """Make the runner that prefect.yml describes."""
     max_workers = config.task_runner.get("max_workers")
     if config.task_runner.get("type") == "threads" and not max_workers:
-        # It asks for nodes side by side.
-        max_workers = (_THREADS and _THREADS.value()) or min(32, (os.cpu_count() or 1) + 4)
+        # To name the type is to ask for nodes side by side.
+        max_workers = _default_workers(otherwise=min(32, (os.cpu_count() or 1) + 4))
     is_async = config.task_runner.get("is_async", False)
-    return PrefectRunner(is_async, max_workers, config.tasks, flow_run)
+    return PrefectRunner(is_async, max_workers, config.tasks, setup)
+
+
+def _add_checkpoints(setup: _Setup, config: _Config, session: Any, options: Options) -> None:
+    """Add checkpoints, and what runs nodes in children, if prefect.yml or the run asks for it."""
+    url, entry = _find_checkpoints(config, options)
+    if not url:
+        return
+    folder = f"{url.rstrip('/')}/{runtime.flow_run.id}"
+    setup.checkpoints = _Checkpoints(folder, _read_credentials(session, options, entry))
+    if not config.engine:
+        return
+    is_async = config.task_runner.get("is_async", False)
+    versions = _versions(get_project_metadata(PROJECT_PATH))
+    job = _Job(options, setup.run_id, setup.options_digest, is_async, versions, folder, entry)
+    of_dask = {k: v for k, v in config.task_runner.items() if k not in _SHAPE["task_runner"]}
+    engines: dict[str, Callable[[], Any]] = {
+        "processes": functools.partial(_ChildPool, str(THIS_FILE)),
+        "dask": functools.partial(_Dask, str(THIS_FILE), of_dask),
+    }
+    setup.open_executor = functools.partial(
+        _open_executor, engines[config.engine], job, setup.checkpoints, config.tasks
+    )
 
 
 @task(persist_result=False)
@@ -2122,49 +2277,44 @@ def kedro_init(options: Options, loading: ExitStack) -> Any:
     _started[flow_run_id] += 1
     (logger := get_run_logger()).info("Bootstrapping project")
     metadata = _bootstrap()
-    _check_options(options)
-    # What a hook reads from the context may shape the pipelines: those of the last run do not do.
-    pipelines.configure(f"{metadata.package_name}.pipeline_registry")
+    _run_arguments(options)  # It refuses what this Kedro does not take.
     session = _open_session(options)
     config = _read_config(session, options)
-    flow_run = _FlowRun(loading=loading, has_previews=config.artifacts)
-    flow_run.options_key = _digest(options | {"env": _environment(options)})
-    flow_run.can_resume = config.task_runner.get("resume", True)
-    if flow_run.can_resume:
-        flow_run.run_id, flow_run.earlier = _find_earlier(flow_run.options_key)
-    if not flow_run.run_id:
-        # Kedro names versions by the millisecond, in which another flow run may start as well.
-        digits = f"{uuid.UUID(flow_run_id).int % 1000:03}Z"
-        flow_run.run_id = kedro_io.core.generate_timestamp().removesuffix("Z") + digits
-    _adopt_run_id(session, flow_run.run_id)
-    name = metadata.project_name
-    logger.info("Project %s: session created with ID %s", name, flow_run.run_id)
-    _add_engine(flow_run, config, session, options)
-    return session, flow_run, _make_runner(config, flow_run)
+    digest = _digest(options | {"env": _environment(options)})
+    can_resume = config.task_runner.get("resume", True)
+    run_id, earlier = _find_earlier(digest) if can_resume else ("", {})
+    # Kedro names versions by the millisecond, in which another flow run may start as well.
+    digits = f"{uuid.UUID(flow_run_id).int % 1000:03}Z"
+    run_id = run_id or kedro_io.core.generate_timestamp().removesuffix("Z") + digits
+    _adopt_run_id(session, run_id)
+    logger.info("Project %s: session created with ID %s", metadata.project_name, run_id)
+    setup = _Setup(
+        run_id, digest, earlier, can_resume, has_previews=config.artifacts, loading=loading
+    )
+    _add_checkpoints(setup, config, session, options)
+    return session, setup, _make_runner(config, setup)
 
 
-def _run_session_in_flow(options: Options, loading: ExitStack) -> dict[str, str]:
+def _run_session(options: Options, loading: ExitStack) -> dict[str, str]:
     """Run the session; if it fails, say how to go on."""
-    log = get_run_logger()
-    session, flow_run, runner = cast("Any", kedro_init(options, loading))
-    is_completed = False
+    logger = get_run_logger()
+    session, setup, runner = cast("Any", kedro_init(options, loading))
     try:
         with _logs_to_prefect(), session:
-            _run_session(session, runner, options, flow_run.run_id)
-        is_completed = True
+            session.run(runner=runner, **_run_arguments(options, setup.run_id))
     except BaseException as error:
-        is_of_node = error is runner.failure
-        if is_of_node and flow_run.can_resume:
-            log.info("Retry this flow run, and it goes on where it failed.")
+        is_of_node = error is runner.outcome.failure
+        if is_of_node and setup.can_resume:
+            if runtime.deployment.id:  # No other flow run can be retried by a user.
+                logger.info("Retry this flow run, and it goes on where it failed.")
         elif isinstance(error, Exception) and (hint := _other_environment(options)):
-            log.info(hint.strip())
-        if is_of_node and (bearable := _bearable(error)) is not error:
-            raise bearable from None
+            logger.info(hint)
+        if is_of_node and (storable := _storable(error)) is not error:
+            raise storable from None
         raise
-    finally:
-        if flow_run.checkpoints:
-            flow_run.checkpoints.end(is_completed)
-    return cast("dict[str, str]", runner.outputs)
+    if setup.checkpoints:
+        setup.checkpoints.remove(logger)
+    return cast("dict[str, str]", runner.outcome.outputs)
 
 
 def _run_pipeline(options: Options) -> dict[str, str]:
@@ -2172,11 +2322,13 @@ def _run_pipeline(options: Options) -> dict[str, str]:
     get_run_logger().info("Initializing Kedro...")
     _keep_generator()
     _free_forks()
-    if cast("Any", FlowRunContext.get()).flow_run.deployment_id:  # and no flow that calls this one
+    if cast(
+        "Any", FlowRunContext.get()
+    ).flow_run.deployment_id:  # not when another flow calls this one
         os.chdir(PROJECT_PATH)
     with ExitStack() as loading:
         loading.enter_context(_loading)
-        return _run_session_in_flow(options, loading)
+        return _run_session(options, loading)
 
 
 # Of the exception that ends a flow, Prefect stores class and message only where it writes JSON.
@@ -2215,7 +2367,14 @@ def my_flow(
         conf_source (str): Folder, archive or URL of the configuration. Default: the project's own.
         checkpoints (str): URL for what nodes hand on (Kedro 0.19, Prefect 3). Default: prefect.yml.
     """
-    return _run_pipeline(locals())
+    options = {
+        "pipeline_name": pipeline_name, "env": env, "runtime_params": runtime_params, "tags": tags,
+        "node_names": node_names, "from_nodes": from_nodes, "to_nodes": to_nodes,
+        "from_inputs": from_inputs, "to_outputs": to_outputs, "namespaces": namespaces,
+        "load_versions": load_versions, "only_missing_outputs": only_missing_outputs,
+        "conf_source": conf_source, "checkpoints": checkpoints,
+    }  # fmt: skip
+    return _run_pipeline(options)
 
 
 # ---- Registering: checks, plan, deployment ----
@@ -2229,12 +2388,14 @@ def _reach_server() -> None:
             if error := await client.api_healthcheck():
                 raise error
             try:
-                await client.read_flows(limit=1)  # anybody may ask for its health, but not for this
+                await client.read_flows(
+                    limit=1
+                )  # Anybody may ask for its health, but not for this.
             except ValueError as error:
                 raise OSError("what answers is no Prefect API, whose URL ends in /api") from error
 
-    name_it = "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
-    remedy = f"Start one with `prefect server start`, and name it with `{name_it}`."
+    command = "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
+    remedy = f"Start one with `prefect server start`, and name it with `{command}`."
     url = PREFECT_API_URL.value()
     if not url:
         raise ClickException(f"No Prefect server: PREFECT_API_URL is not set. {remedy}")
@@ -2252,76 +2413,85 @@ async def _read_work_pool(client: Any, name: str, queue_name: str) -> Any:
         problem = f"There is no work pool '{name}'."
         create = f" Create it: prefect work-pool create --type {_SUGGESTED_POOL_TYPE} {quoted}"
         raise _unknown(problem, name, pools, "work pools", create) from None
-    if pool.type == "prefect-agent" != _AGENT_POOL_TYPE:
+    if _PREFECT_3 and pool.type == "prefect-agent":
         problem = f"Work pool '{name}' is for agents, which Prefect 3 does not have. Create one for"
         raise ClickException(f"{problem} workers: prefect work-pool create --type process <name>")
-    queues = [queue.name for queue in await client.read_work_queues(work_pool_name=name)]
+    queues = [each.name for each in await client.read_work_queues(work_pool_name=name)]
     if queue_name not in queues:
         problem = f"Work pool '{name}' has no queue '{queue_name}'."
         create = f" Create it: prefect work-queue create --pool {quoted} {quoted_queue}"
         raise _unknown(problem, queue_name, queues, "queues", create)
     if pool.is_paused:
         resume = f"prefect work-pool resume {quoted}"
-        click.echo(f"Warning: work pool '{name}' is paused. No run starts before: {resume}")
+        click.echo(f"Warning: work pool '{name}' is paused. Runs start after: {resume}")
     return pool
 
 
-def _set_options(options: Options, given: Options) -> Options:
-    """Return the options of a run that are not left at their default."""
-    named = {"pipeline_name", *(["env"] if "env" in given else [])}
-    return {k: v for k, v in options.items() if (v and k != "env") or k in named}
+def _without_defaults(options: Options, given: dict[str, Any]) -> Options:
+    """Return the options of a run that somebody has chosen, and always the pipeline's name."""
+    chosen = {name: value for name, value in options.items() if value and name != "env"}
+    environment = {"env": options["env"]} if "env" in given else {}
+    return {"pipeline_name": options["pipeline_name"]} | environment | chosen
 
 
-async def _look_up(full_name: str, given: Options) -> tuple[Any, Any, Options]:
-    """Return what is there of a deployment, its work pool, and the fields that name this."""
+async def _look_up(full_name: str, given: dict[str, Any]) -> tuple[Any, Any, dict[str, str]]:
+    """Return a deployment, if it is there, its work pool, and the fields that name both."""
     existing: Any = None
     async with get_client() as client:
         with suppress(ObjectNotFound):
             existing = await client.read_deployment_by_name(full_name)
-        used = getattr(existing, "work_pool_name", None)
-        name = given.get("work_pool_name", used or "default")
-        used_queue = existing.work_queue_name if used == name else None
-        queue_name = given.get("work_queue_name", used_queue or "default")
-        pool = await _read_work_pool(client, name, queue_name)
-    return existing, pool, {"work_pool_name": name, "work_queue_name": queue_name}
+        old_pool = getattr(existing, "work_pool_name", None)
+        pool_name = given.get("work_pool_name", old_pool or "default")
+        old_queue = existing.work_queue_name if old_pool == pool_name else None
+        queue_name = given.get("work_queue_name", old_queue or "default")
+        pool = await _read_work_pool(client, pool_name, queue_name)
+    return existing, pool, {"work_pool_name": pool_name, "work_queue_name": queue_name}
 
 
-def _fields(pipeline: Pipeline, options: Options, given: Options, existing: Any) -> Options:
-    """Return what the command line says of a deployment; what nobody sets stays as it is."""
+def _job_variables(existing: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a deployment's job variables, with the logging level; Prefect 2.19 renamed them."""
     old = getattr(existing, "job_variables", getattr(existing, "infra_overrides", None)) or {}
-    level = {"PREFECT_LOGGING_LEVEL": given.get("logging_level", "DEBUG")}
-    env = level | old.get("env", {}) | (level if "logging_level" in given else {})
+    env = {"PREFECT_LOGGING_LEVEL": "DEBUG"} | old.get("env", {})
+    if "logging_level" in given:
+        env["PREFECT_LOGGING_LEVEL"] = given["logging_level"]
+    return {**old, "env": env}
+
+
+def _deployment_fields(
+    pipeline: Pipeline, options: Options, given: dict[str, Any], existing: Any
+) -> dict[str, Any]:
+    """Return what the command line says of a deployment; schedules, tags and others stay."""
+    parameters = _without_defaults(options, given)
     directory = {"directory": str(PROJECT_PATH)}
-    fields: Options = {
-        "parameters": _set_options(options, given),
+    fields: dict[str, Any] = {
+        "parameters": parameters,
         "entrypoint": f"{THIS_FILE.name}:my_flow",
         "pull_steps": [{"prefect.deployments.steps.set_working_directory": directory}],
-        "job_variables": old | {"env": env},
+        "job_variables": _job_variables(existing, given),
+        "description": getattr(existing, "description", None),
     }
     if "version" in given or not existing:
         fields["version"] = given.get("version", "1.0")
-    described = getattr(existing, "description", None) or ""
-    if not described or "[register_prefect_flow.py]: #" in described:
-        described = _describe(pipeline, _set_options(options, given))
-    return fields | {"description": described}
+    if not fields["description"] or _MARKER in fields["description"]:
+        fields["description"] = _describe_deployment(pipeline, parameters)
+    return fields
 
 
-def _print_plan(checked: _Checked, config: _Config, options: Options) -> None:
+def _print_plan(project: _CheckedProject, config: _Config, options: Options) -> None:
     """Print the execution layers, where each dataset lives, and what prefect.yml sets."""
-    shown = _without_secrets(_set_options(options, {}))
-    what = f"Pipeline '{shown.pop('pipeline_name')}' of {my_flow.name}"
-    where = f"environment '{_environment(options)}'"
-    layers = len(checked.pipeline.grouped_nodes)
-    lines = [f"{what}, {where}: {len(checked.pipeline.nodes)} nodes in {layers} layers"]
+    shown = _without_secrets(_without_defaults(options, {}))
+    name, layers = shown.pop("pipeline_name"), project.pipeline.grouped_nodes
+    title = f"Pipeline '{name}' of {my_flow.name}, environment '{_environment(options)}'"
+    lines = [f"{title}: {len(project.pipeline.nodes)} nodes in {len(layers)} layers"]
     lines += [f"  {name}: {value}" for name, value in shown.items()]
-    for number, layer in enumerate(checked.pipeline.grouped_nodes, start=1):
+    for number, layer in enumerate(layers, start=1):
         lines.append(f"Layer {number}")
         for node in layer:
-            about = _task_options(node, config.tasks) or ""
+            task_options = _task_options(node, config.tasks) or ""
             reads, writes = (", ".join(names) or "nothing" for names in (node.inputs, node.outputs))
-            lines.append(f"  {node.name}: {reads} -> {writes} {about}".rstrip())
+            lines.append(f"  {node.name}: {reads} -> {writes} {task_options}".rstrip())
     lines.append("Datasets")
-    lines += [f"  {name}: {_where(name, found)}" for name, found in checked.datasets.items()]
+    lines += [f"  {name}: {_location(name, found)}" for name, found in project.datasets.items()]
     for name, value in config.task_runner.items():
         # Other keys are those of Dask, and may hold anything.
         is_own = name in {*_SHAPE["task_runner"], "address"}
@@ -2329,20 +2499,26 @@ def _print_plan(checked: _Checked, config: _Config, options: Options) -> None:
     click.echo(_without_password("\n".join(lines)))
 
 
-def _register(name: str, pipeline: Pipeline, options: Options, given: Options, dry: bool) -> None:
-    """Create a deployment, or update what the command line says of it; print what comes next."""
+def _check_registration(name: str, given: dict[str, Any]) -> Any:
+    """Return what `_look_up` returns, or refuse what would keep the deployment from running."""
     full_name = f"{my_flow.name}/{name}"
     _reach_server()
     with _server_errors(f"Deployment '{full_name}' is not registered"):
-        existing, pool, place = _call_api(_look_up(full_name, given), SERVER_TIMEOUT)
-        if dry:
-            return
-        fields = _fields(pipeline, options, given, existing) | place
-        for_agent = pool.type == _AGENT_POOL_TYPE
-        save = _save_deployment(my_flow, name, fields, existing, for_agent)
-        deployment_id = _call_api(save, 6 * SERVER_TIMEOUT)  # its database may be busy
-    kind, ui = "agent" if for_agent else "worker", (PREFECT_UI_URL.value() or "").rstrip("/")
-    pool_name, queue_name = (shlex.quote(value) for value in place.values())
+        return _call_api(_look_up(full_name, given), SERVER_TIMEOUT)
+
+
+def _register(name: str, pipeline: Pipeline, options: Options, given: dict[str, Any]) -> None:
+    """Create a deployment, or update what the command line says of it; print what comes next."""
+    full_name = f"{my_flow.name}/{name}"
+    existing, pool, pool_fields = _check_registration(name, given)
+    fields = _deployment_fields(pipeline, options, given, existing) | pool_fields
+    is_for_agent = pool.type == _AGENT_POOL_TYPE
+    save = _save_deployment(my_flow, name, fields, existing, is_for_agent)
+    with _server_errors(f"Deployment '{full_name}' is not registered"):
+        deployment_id = _call_api(save, 6 * SERVER_TIMEOUT)  # Its database may be busy.
+    kind, ui = "agent" if is_for_agent else "worker", (PREFECT_UI_URL.value() or "").rstrip("/")
+    pool_name = shlex.quote(pool_fields["work_pool_name"])
+    queue_name = shlex.quote(pool_fields["work_queue_name"])
     start = f"prefect {kind} start --pool {pool_name} --work-queue {queue_name}"
     click.echo(f"Registered deployment '{full_name}' with id {deployment_id}")
     click.echo(f"  see it:         {ui}/deployments/deployment/{deployment_id}")
@@ -2357,7 +2533,7 @@ def _register(name: str, pipeline: Pipeline, options: Options, given: Options, d
 def _embedded_server() -> Iterator[Callable[[], None]]:
     """Start the server that Prefect needs where none is set, and yield what stops it at once."""
     if not _PREFECT_3 or PREFECT_API_URL.value():
-        yield lambda: None  # that of Prefect 2 is no process of its own
+        yield lambda: None  # That of Prefect 2 is no process of its own.
         return
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as PATIENCE
@@ -2387,7 +2563,7 @@ def _run_now(options: Options) -> None:
         os.write(2, b"Stopping: no other node starts. Ctrl-C again ends at once.\n")
         raise KeyboardInterrupt
 
-    has_server = bool(PREFECT_API_URL.value())  # without, Prefect starts its embedded one
+    has_server = bool(PREFECT_API_URL.value())  # Without, Prefect starts its embedded one.
     if has_server:
         _reach_server()
     state: Any = None
@@ -2398,29 +2574,31 @@ def _run_now(options: Options) -> None:
         if _started and not has_server:
             # It stops with this process, and loses what it has not recorded.
             flow_run_id, expected = next(reversed(_started.items()))
-            with suppress(Exception):  # a node may have set what keeps it from being asked
+            with suppress(Exception):  # A node may have set what keeps it from being asked.
                 _call_api(_read_task_runs(flow_run_id, expected, patience=10 if state else 2))
     if state is None:
         click.echo("Stopped by Ctrl-C.", err=True)
         sys.exit(130)
     if not state.is_completed():
         raise ClickException(f"The flow run ended as {state.name}. {state.message or ''}")
-    outputs = state.result() if state.data else {}  # a slow server sends none
-    lines = [f"  {name}: {where}" for name, where in outputs.items()]
-    with suppress(ValueError, OSError):  # a node may have closed the output
+    outputs = state.result() if state.data else {}  # A slow server sends none.
+    lines = [f"  {name}: {location}" for name, location in outputs.items()]
+    with suppress(ValueError, OSError):  # A node may have closed the output.
         click.echo("\n".join(["The flow run has completed. Its outputs:", *lines]))
 
 
-_KEDRO_RUN_OPTIONS = (  # flow parameter; spelling and parser of `kedro run`; form; meaning
-    ("runtime_params", "--params", cli._split_params, "K=V,...", "Override parameters."),
-    ("tags", "-t --tags", cli.split_string, "TAG,...", "Only nodes with one of these tags."),
-    ("node_names", "-n --nodes", cli.split_node_names, "NODE,...", "Only these nodes."),
-    ("from_nodes", "--from-nodes", cli.split_node_names, "NODE,...", "Only from these on."),
-    ("to_nodes", "--to-nodes", cli.split_node_names, "NODE,...", "Only up to these."),
-    ("from_inputs", "--from-inputs", cli.split_string, "DATA,...", "Only what needs these."),
-    ("to_outputs", "--to-outputs", cli.split_string, "DATA,...", "Only what these need."),
-    ("namespaces", "-ns --namespaces --namespace", cli.split_node_names, "NAME,...", "Only these."),
-    ("load_versions", "-lv --load-versions", cli._split_load_versions, "DATA:VERSION", "Versions."),
+# Flow parameter; spelling and parser of `kedro run`; form; meaning. A new one is a parameter of
+# my_flow, too, and if Kedro's session takes it, it stands in _run_arguments.
+_KEDRO_RUN_OPTIONS = (
+    ("runtime_params", "--params", split_params, "K=V,...", "Override parameters."),
+    ("tags", "-t --tags", split_string, "TAG,...", "Only nodes with one of these tags."),
+    ("node_names", "-n --nodes", split_node_names, "NODE,...", "Only these nodes."),
+    ("from_nodes", "--from-nodes", split_node_names, "NODE,...", "Only from these on."),
+    ("to_nodes", "--to-nodes", split_node_names, "NODE,...", "Only up to these."),
+    ("from_inputs", "--from-inputs", split_string, "DATA,...", "Only what needs these."),
+    ("to_outputs", "--to-outputs", split_string, "DATA,...", "Only what these need."),
+    ("namespaces", "-ns --namespaces --namespace", split_node_names, "NAME,...", "Only these."),
+    ("load_versions", "-lv --load-versions", split_load_versions, "DATA:VERSION", "Versions."),
     ("conf_source", "--conf-source", None, "PATH", "Configuration in another place than conf."),
     ("checkpoints", "--checkpoints", None, "URL", "Where nodes hand on data."),
 )  # fmt: skip
@@ -2431,28 +2609,28 @@ def _parse_as_kedro(parse: Any, context: click.Context, option: Any, value: Any)
         return parse(context, option, value) if parse else value
     except click.UsageError:
         raise
-    except Exception as error:  # Kedro's prints itself without its message
+    except Exception as error:  # Kedro's prints itself without its message.
         raise click.BadParameter(getattr(error, "message", str(error))) from None
 
 
 def _kedro_run_options(command: Any) -> Any:
     """Add the options of `kedro run` that become flow parameters."""
-    for name, spelling, parse, form, about in reversed(_KEDRO_RUN_OPTIONS):
+    for name, spelling, parse, form, meaning in reversed(_KEDRO_RUN_OPTIONS):
         callback = functools.partial(_parse_as_kedro, parse)
-        options: Options = {"callback": callback, "metavar": form, "help": about}
-        names = (name, *spelling.split())
-        command = click.option(*names, default="", show_default=False, **options)(command)
+        arguments: Any = {"callback": callback, "metavar": form, "help": meaning}
+        spellings = (name, *spelling.split())
+        command = click.option(*spellings, default="", show_default=False, **arguments)(command)
     return command
 
 
-def _check_usage(given: Options, deployment_name: str) -> None:
+def _check_usage(given: dict[str, Any], deployment_name: str) -> None:
     """Refuse what Prefect would refuse, and options that would do nothing."""
     if not deployment_name or re.search(r"[/%&<>]", deployment_name):
         problem = f"Prefect refuses deployment name '{deployment_name}': it is empty, or has one of"
         raise ClickException(f"{problem} / % & < >. Choose another --deployment_name.")
     unused = given.keys() & {"work_pool_name", "work_queue_name", "logging_level"}
     for option in unused if "run" in given else ():
-        hint = " Set PREFECT_LOGGING_LEVEL instead." * (option == "logging_level")
+        hint = " Set PREFECT_LOGGING_LEVEL instead." if option == "logging_level" else ""
         raise click.UsageError(f"--{option} is for work pools: leave it out with --run.{hint}")
 
 
@@ -2492,20 +2670,23 @@ def prefect_deploy(
     _check_usage(given, deployment_name)
     options = {name: context.params[name] for name in inspect.signature(my_flow.fn).parameters}
     with _project_errors(f"Loading {PROJECT_PATH}, where this file lies, as a Kedro project"):
-        metadata = _bootstrap()
+        _bootstrap()
     _check_telemetry()
     _check_environment(options)
-    with _project_errors("Loading prefect.yml"):
-        config = _read_config(_open_session(options), options)
+    config = _read_config(_open_session(options), options)
     if run and not dry_run:
-        return _run_now(options)  # a run loads the project itself, and calls its hooks once
-    checked = _check_project(options)
+        return _run_now(options)  # A run loads the project itself, and calls its hooks once.
+    project = _check_project(options)
     _check_task_names(config.tasks)
-    for note in [*checked.notes, *_note_run_command(metadata)]:
+    for note in project.notes:
         click.echo(f"Note: {note}")
     if dry_run:
-        _print_plan(checked, config, options)
-    return None if run else _register(deployment_name, checked.pipeline, options, given, dry_run)
+        _print_plan(project, config, options)
+    if dry_run and not run:
+        _check_registration(deployment_name, given)
+    if not dry_run:
+        _register(deployment_name, project.pipeline, options, given)
+    return None
 
 
 if __name__ == "__main__":
