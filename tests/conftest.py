@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -21,33 +20,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import certifi
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "register_prefect_flow.py"
 BIN = Path(sys.executable).parent
-# Instead of sys.executable: it does the same in less time. It needs nothing that is installed.
-FORKING = (sys.executable, "-IS", Path(__file__).parent / "forking.py")
+
+# What this run of the tests keeps; it goes after all that would still write into it.
+OWN = Path(tempfile.mkdtemp(prefix="tests-"))
+atexit.register(shutil.rmtree, OWN, ignore_errors=True)
 
 # Before anything imports Prefect or Kedro: nothing of this machine's user may leak in.
 os.environ.update(
-    PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-home-"),
+    TESTS=str(OWN),
+    PREFECT_HOME=str(OWN / "prefect-home"),
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_API_BLOCKS_REGISTER_ON_START="false",  # a third of what a server does when it starts
     PREFECT_WORKER_QUERY_SECONDS="3",  # each second, it was most of what an idle server did
     PREFECT_AGENT_QUERY_INTERVAL="3",
-    FORKS=tempfile.mkdtemp(prefix=f"forks-{os.getpid()}-"),
     COLUMNS="200",  # rich would break messages to the width of a terminal that is not there
 )
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "KEDRO_ENV", "KEDRO_LOGGING_CONFIG"):
     os.environ.pop(_name, None)
-
-# Prefect makes many HTTP clients, each of which reads a file of all the world's certificates.
-_one_certificate = re.search(r"-+BEGIN.*?END.*?-+\n", Path(certifi.where()).read_text(), re.DOTALL)
-os.environ["SSL_CERT_FILE"] = str(Path(os.environ["FORKS"], "certificate.pem"))
-Path(os.environ["SSL_CERT_FILE"]).write_text(_one_certificate[0])
-atexit.register(shutil.rmtree, os.environ["FORKS"])
 
 # What a shell starts in the background ignores Ctrl-C, and so would what is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,9 +49,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import kedro  # noqa: E402
 import kedro.io  # noqa: E402
 import prefect  # noqa: E402
-from flaky_project import ALL, ran, write_flaky_pipeline  # noqa: E402
 from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
-from tiny_project import write_tiny_project  # noqa: E402
+from sample_projects import ALL, ran, write_project, write_tiny_project  # noqa: E402
 
 PREFECT_3 = int(prefect.__version__.split(".")[0]) >= 3
 DOCUMENTED = prefect.__version__ == "2.10.17"
@@ -101,9 +94,9 @@ def run(
 def new_database() -> list[Path]:
     """The files of Prefect's database as its first start makes them, which takes ten seconds."""
     # `.ci/run` names a folder, in which suites of one lane find what the first of them has made.
-    home = Path(os.environ.get("NEW_DATABASES", os.environ["FORKS"]), prefect.__version__)
+    home = Path(os.environ.get("NEW_DATABASES", OWN), prefect.__version__)
     if not home.exists():
-        made = Path(os.environ["FORKS"], "home")
+        made = OWN / "home"
         command = (BIN / "prefect", "server", "database", "upgrade", "--yes")
         done = run(*command, cwd=made.parent, env={"PREFECT_HOME": str(made)})
         assert done.returncode == 0, done.stdout + done.stderr
@@ -198,7 +191,7 @@ class Server:
                 time.sleep(1)
 
     def prefect(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        return run(*FORKING, BIN / "prefect", *arguments, cwd=cwd, env=self.env)
+        return run(BIN / "prefect", *arguments, cwd=cwd, env=self.env)
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         return self.request("GET", f"/flow_runs/{flow_run_id}")
@@ -243,17 +236,6 @@ class Server:
         # The agent lane's Prefect knows its own pool type only online: so not from the command line.
         self.post("/work_pools/", {"name": name, "type": POOL_TYPE})
         self.post(f"/work_pools/{name}/queues", {"name": QUEUE})
-
-    def run_in_forks(self, deployment: str, forks: bool = True) -> None:
-        """Let an agent or worker start the deployment's runs as `forking.py` does, or not."""
-        found = self.request("GET", f"/deployments/name/{deployment}")
-        key = "job_variables" if "job_variables" in found else "infra_overrides"
-        # An earlier test may have registered it, and a deployment keeps its job variables.
-        variables = {name: value for name, value in found[key].items() if name != "command"}
-        if forks:
-            command = [*map(str, FORKING), "-m", "prefect.engine"]
-            variables["command"] = command if DOCUMENTED else shlex.join(command)
-        self.request("PATCH", f"/deployments/{found['id']}", {key: variables})
 
     def start_run(self, deployment: str, **parameters: Any) -> str:
         """Start a run of a deployment as the UI does, which takes less than the command line."""
@@ -337,14 +319,14 @@ def pool(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A tiny Kedro project with the script copied in."""
+    """The tiny Kedro project with the script copied in."""
     return copy_in(write_tiny_project(tmp_path / "project"))
 
 
 @pytest.fixture
-def flaky(project: Path) -> Path:
-    """The tiny project with a pipeline that fails until it is mended."""
-    return write_flaky_pipeline(project)
+def flaky(tmp_path: Path) -> Path:
+    """A project whose pipeline fails until it is mended."""
+    return copy_in(write_project(tmp_path / "project", "flaky"))
 
 
 def copy_in(project: Path) -> Path:
@@ -358,7 +340,7 @@ def register(project: Path, server: Server | None, *arguments: str, **options: A
     """Run the script in a process of its own."""
     env = {**(server.env if server else {}), **options.pop("env", {})}
     script = project / "register_prefect_flow.py"
-    return run(*FORKING, script, *arguments, cwd=options.pop("cwd", project), env=env)
+    return run(sys.executable, script, *arguments, cwd=options.pop("cwd", project), env=env)
 
 
 def schedules_of(deployment: dict[str, Any]) -> list[Any]:
@@ -370,7 +352,7 @@ def schedules_of(deployment: dict[str, Any]) -> list[Any]:
 
 def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The reference: `kedro run` of the same project."""
-    return run(*FORKING, "-m", "kedro", "run", "--env", "base", *arguments, cwd=project)
+    return run(sys.executable, "-m", "kedro", "run", "--env", "base", *arguments, cwd=project)
 
 
 def written_files(project: Path) -> dict[str, bytes]:
@@ -397,20 +379,13 @@ def write_pipeline(project: Path, functions: str, nodes: str) -> None:
     )
 
 
-def register_and_forget(
-    project: Path, server: Server, pool: str, *arguments: str, forks: bool = True
-) -> str:
-    """Register, remove the traces of that, and return the deployment's full name.
-
-    Without forks an agent or worker starts runs as users' do: by another way through Prefect 3.9.
-    """
+def register_and_forget(project: Path, server: Server, pool: str, *arguments: str) -> str:
+    """Register, remove the traces of that, and return the deployment's full name."""
     arguments = ("--work_pool_name", pool, "--work_queue_name", QUEUE, *arguments)
     done = register(project, server, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "trace.jsonl").unlink()
-    name = re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
-    server.run_in_forks(name, forks)
-    return name
+    return re.search(r"Registered deployment '(.+)' with id", done.stdout)[1]
 
 
 def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
@@ -423,11 +398,16 @@ def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
 
 
 def children() -> list[str]:
-    """The processes that run nodes."""
-    found = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True)
-    mine = {sys.executable, "-uc"}  # and not those of another lane
-    lines = [line for line in found.stdout.splitlines() if mine <= {*line.split()}]
-    return [line for line in lines if line.split()[1][0] != "Z"]
+    """The processes that run nodes, of these tests: others may run beside them."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True).stdout
+    lines = [line for line in found.splitlines() if {sys.executable, "-uc"} <= {*line.split()}]
+    return [line for line in lines if has_started_here(line.split()[0])]
+
+
+def has_started_here(pid: str) -> bool:
+    with suppress(OSError):  # it may have ended
+        return f"TESTS={OWN}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    return False
 
 
 def is_gone(pid: int) -> bool:
@@ -435,3 +415,12 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def process_of(server: Server, flow_run_id: str) -> int:
+    """The process of one of several flow runs that go on."""
+    command = ["ps", "axeww", "-o", "ppid=,pid=,args="]  # and the environment
+    found = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
+    lines = [line.split() for line in found.splitlines() if flow_run_id in line]
+    [pid] = [int(pid) for parent, pid, *_ in lines if parent == str(server.worker.pid)]
+    return pid

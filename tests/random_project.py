@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tiny_project import write_tiny_project
+from sample_projects import write_tiny_project
 
 # Computes from its inputs and its name, notes that it was run, and fails as its pipeline says:
 # always, or once, as a flow run that is retried needs it.

@@ -11,8 +11,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from conftest import Server, register
+from engines import Proxy
 from kedro.pipeline import node, pipeline
-from test_engines import Proxy
 
 import register_prefect_flow as script
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import FORKING, Server, copy_in, register, run
-from features_project import KEDRO
-from tiny_project import write_tiny_project
+from conftest import Server, copy_in, register, run
+from forking import Forks
+from in_one_process import try_inputs
+from sample_projects import KEDRO, write_tiny_project
 
 pytestmark = pytest.mark.skipif(KEDRO < (1, 7), reason="messages of Kedro differ")
-TRY_INPUTS = Path(__file__).parent / "try_inputs.py"
 NO_SERVER = {"PREFECT_API_URL": ""}
 RUN = ("--dry_run", "--run")
 YML = "conf/base/prefect.yml"
@@ -174,15 +174,22 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What comes of those that are alike: starting a process takes longest."""
     project = copy_in(write_tiny_project(tmp_path_factory.mktemp("bad") / "project"))
     pairs = [(case.files.get(YML, ""), case.arguments) for case in ALIKE]
-    (project / "pairs.json").write_text(json.dumps(pairs))
-    done = run(*FORKING, TRY_INPUTS, project / "pairs.json", cwd=project, env=NO_SERVER)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((project / "inputs.json").read_text())
+    found = try_inputs(project, pairs)
     return [subprocess.CompletedProcess("", code, "", printed) for code, printed in found]
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """For those that need a process of their own: to start Python takes four times as long."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), NO_SERVER)
+    yield forks
+    forks.end()
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.says.split())[:60])
-def test_it_is_one_message(project: Path, in_one_process: list[Any], case: Case) -> None:
+def test_it_is_one_message(
+    project: Path, in_one_process: list[Any], forks: Forks, case: Case
+) -> None:
     if case in ALIKE:
         done = in_one_process[ALIKE.index(case)]
     else:
@@ -191,7 +198,7 @@ def test_it_is_one_message(project: Path, in_one_process: list[Any], case: Case)
         # Where Prefect is imported, its newest versions read this file as well, and if it is broken
         # fail with a traceback of their own.
         cwd = project.parent if "pyproject.toml" in case.files else project
-        done = register(project, None, *case.arguments, cwd=cwd)
+        done = forks.run(project / "register_prefect_flow.py", *case.arguments, cwd=cwd)
     assert_one_message(done, case.code, case.says)
     assert "s3cret" not in done.stdout + done.stderr
 

@@ -1,16 +1,15 @@
 """Nodes that behave badly: a flow run ends as `kedro run` does, whatever they do."""
 
 import os
-import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import (
     DASK,
     DOCUMENTED,
-    FORKING,
     KEDRO_1,
     PREFECT_3,
     Server,
@@ -18,15 +17,14 @@ from conftest import (
     copy_in,
     eventually,
     is_gone,
-    kedro_run,
-    run,
     write_config,
     written_files,
 )
-from tiny_project import write_tiny_project
+from forking import Forks
+from sample_projects import write_project
 
 pytestmark = pytest.mark.slow
-OVERLAY = Path(__file__).parent / "projects/badly_behaved"
+KEDRO_RUN = ("-m", "kedro", "run", "--env", "base", "--pipeline")
 LIMIT = 100  # seconds, after which a run counts as one that hangs
 
 # From node to what the failure of a run says; nothing: it completes.
@@ -80,13 +78,15 @@ MODES = [
 
 
 def write_bad_project(path: Path) -> Path:
-    """Write the tiny project with the badly behaved nodes."""
-    write_tiny_project(path)
-    shutil.copytree(OVERLAY, path, dirs_exist_ok=True)
-    with (path / "conf/base/catalog.yml").open("a") as catalog:
-        for name in ("bad", "behind", "beside"):
-            catalog.write(f"\n{name}: {{type: json.JSONDataset, filepath: data/{name}.json}}\n")
-    return copy_in(path)
+    return copy_in(write_project(path, "badly_behaved"))
+
+
+@pytest.fixture(scope="module")
+def forks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """For some two hundred runs: to start Python for each would take ten minutes more."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), server.env)
+    yield forks
+    forks.end()
 
 
 def end_program(project: Path) -> bool:
@@ -100,32 +100,32 @@ def end_program(project: Path) -> bool:
     return lived_on
 
 
-def run_in(mode: str, project: Path, server: Server, name: str) -> tuple[int, str]:
+def run_in(mode: str, project: Path, forks: Forks, name: str) -> tuple[int, str]:
     """Run the pipeline of a node, and return the exit code and what was printed."""
     if mode != "default":
         runner = "max_workers: 2" if mode == "threads" else f"type: {mode}, n_workers: 1"
         runner = runner if mode != "processes" else "type: processes, max_workers: 2"
         write_config(project, f"task_runner: {{{runner}}}")
-    command = (*FORKING, project / "register_prefect_flow.py", "--run", "--pipeline", name)
+    command = (project / "register_prefect_flow.py", "--run", "--pipeline", name)
     try:
-        done = run(*command, cwd=project, env=server.env, timeout=LIMIT)
+        done = forks.run(*command, cwd=project, timeout=LIMIT)
     except subprocess.TimeoutExpired as error:
-        pytest.fail(f"it hangs: {(error.stdout or b'')[-3000:]!r}")
+        pytest.fail(f"it hangs: {(error.stdout or '')[-3000:]!r}")
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ENDS)
-def test_a_run_ends_as_with_kedro_run(tmp_path: Path, server: Server, name: str, mode: str) -> None:
+def test_a_run_ends_as_with_kedro_run(tmp_path: Path, forks: Forks, name: str, mode: str) -> None:
     if name in ONLY_IN_THE_MAIN_THREAD and not PREFECT_3:
         pytest.skip("Prefect 2 runs tasks in threads")
     if mode == "threads" and name in NOT_IN_THREADS:
         pytest.skip("threads share it")
     reference = write_bad_project(tmp_path / "reference")
-    kedro = kedro_run(reference, "--pipeline", name)
+    kedro = forks.run(*KEDRO_RUN, name, cwd=reference)
     assert bool(ENDS[name]) == (kedro.returncode == 1), kedro.stdout + kedro.stderr
     project = write_bad_project(tmp_path / "project")
-    code, output = run_in(mode, project, server, name)
+    code, output = run_in(mode, project, forks, name)
     if name == "closes_stderr" and not PREFECT_3:
         assert code == 1, "Prefect 2 itself writes there: a bare flow fails, too"
         return
@@ -158,14 +158,14 @@ ON_DASK = {
 @pytest.mark.parametrize("mode", ["processes", DASK])
 @pytest.mark.parametrize("name", ENDS)
 def test_a_run_on_an_engine_ends_as_with_kedro_run(
-    tmp_path: Path, server: Server, name: str, mode: str
+    tmp_path: Path, forks: Forks, name: str, mode: str
 ) -> None:
     if mode == "dask" and name not in ON_DASK:
         pytest.skip("children are the same there")
     reference = write_bad_project(tmp_path / "reference")
-    kedro = kedro_run(reference, "--pipeline", name)
+    kedro = forks.run(*KEDRO_RUN, name, cwd=reference)
     project = write_bad_project(tmp_path / "project")
-    code, output = run_in(mode, project, server, name)
+    code, output = run_in(mode, project, forks, name)
     assert code == (1 if kedro.returncode else 0), output
     files, expected = written_files(project), written_files(reference)
     if code == 0:

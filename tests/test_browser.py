@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import PREFECT_3, Server, eventually, register_and_forget, run
-from features_project import KEDRO
-from flaky_project import mend
+from sample_projects import KEDRO, mend
 
 pytestmark = [
     pytest.mark.slow,

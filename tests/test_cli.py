@@ -138,9 +138,12 @@ def test_missing_configuration(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--namespaces", "a,b"], "does not take namespaces '['a', 'b']': leave it out"),
-        (["--only-missing-outputs"], "does not take only_missing_outputs: leave it out"),
-        (["--pipelines", "__default__,broken"], "not take pipeline_name '__default__,broken'"),
+        (["--namespaces", "a,b"], "does not take namespaces ['a', 'b']: leave it out"),
+        (["--only-missing-outputs"], "does not take only_missing_outputs True: leave it out"),
+        (
+            ["--pipelines", "__default__,broken"],
+            "not take pipeline_names ['__default__', 'broken']",
+        ),
     ],
 )
 def test_what_came_with_kedro_1(project: Path, arguments: list[str], message: str) -> None:

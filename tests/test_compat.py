@@ -117,11 +117,15 @@ class AnySession:
     ("name", "passed_on"),
     [("__default__", [] if KEDRO_1 else None), ("a", ["a"] if KEDRO_1 else "a")],
 )
-def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_on: Any) -> None:
+def test_the_session_gets_the_pipeline_name_as_from_kedro_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, passed_on: Any
+) -> None:
+    monkeypatch.setattr(register_prefect_flow, "_session_class", lambda: AnySession)
+    options = {filters: [] for filters in register_prefect_flow.FILTERS}
+    options |= {"pipeline_name": name, "load_versions": {}, "only_missing_outputs": False}
+    options |= {"runtime_params": {}}
     session = AnySession()
-    parameters = {filters: [] for filters in ("tags", "node_names", "namespaces")}
-    parameters |= {"pipeline_name": name, "load_versions": {}}
-    register_prefect_flow._run_session(session, None, parameters, "an id")
+    session.run(**register_prefect_flow._run_arguments(options))
     assert session.name == passed_on
 
 
@@ -129,12 +133,12 @@ def test_the_session_gets_the_pipeline_name_as_from_kedro_run(name: str, passed_
 @pytest.mark.slow
 def test_nodes_run_one_at_a_time_unless_prefects_setting_says_more() -> None:
     name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
-    code = "import register_prefect_flow as r; print(r._THREADS and r._THREADS.value())"
+    code = "import register_prefect_flow as r; print(r._default_workers())"
     printed = run(sys.executable, "-c", code, cwd=SCRIPT.parent).stdout
-    assert printed.split()[-1] == "None"
+    assert printed.split()[-1] == "1"
     printed = run(sys.executable, "-c", code, cwd=SCRIPT.parent, env={name: "7"}).stdout
     has_setting = getattr(prefect.settings, name, None) is not None
-    assert printed.split()[-1] == ("7" if has_setting else "None")
+    assert printed.split()[-1] == ("7" if has_setting else "1")
 
 
 def test_calls_of_the_client_work_inside_an_event_loop() -> None:

@@ -74,7 +74,7 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("task_runer: {}", "prefect.yml has no task_runer. Did you mean task_runner"),
-        ("deployment: {}", "Deployments belong into Prefect's own file prefect.yaml"),
+        ("deployment: {}", "Deployments belong in Prefect's own file prefect.yaml"),
         ("deployments: [{name: a}]", "(`prefect deploy --all`)"),
         ("flow: {retries: 1}", "retries of flow runs to PREFECT_FLOW_DEFAULT_RETRIES and"),
         ("task_runner: {type: tasks}", "task_runner.type is 'tasks'"),
@@ -202,7 +202,7 @@ def test_a_node_that_takes_too_long_fails(tasks_project: Path, server: Server) -
 def test_values_that_may_be_secret_are_not_in_the_description() -> None:
     options = {"runtime_params": {"token": "s3cret"}, "tags": ["shown"]}
     nodes = pipeline([node(len, "a", "b")])
-    described = register_prefect_flow._describe(nodes, options).replace("\\", "")
+    described = register_prefect_flow._describe_deployment(nodes, options).replace("\\", "")
     assert "- runtime_params: token" in described
     assert "- tags: ['shown']" in described
     assert "s3cret" not in described

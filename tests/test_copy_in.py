@@ -1,6 +1,8 @@
 """The file copied into a fresh project, and run without a server: Prefect's embedded one serves."""
 
+import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -10,8 +12,21 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from conftest import PREFECT_3, Server, copy_in, eventually, prefect_home, register, run, stop
-from tiny_project import write_tiny_project
+from conftest import (
+    KEDRO_1,
+    PREFECT_3,
+    SCRIPT,
+    Server,
+    copy_in,
+    eventually,
+    kedro_run,
+    prefect_home,
+    register,
+    run,
+    stop,
+    written_files,
+)
+from sample_projects import write_tiny_project
 
 # Prefect 3's server records some 30 task runs a second, and lists them 200 at a time: so many that
 # they cannot be recorded by chance, and do not fit on a page.
@@ -188,3 +203,51 @@ def test_the_copied_file_is_a_module_that_others_can_import(project: Path) -> No
     code = "from register_prefect_flow import PrefectRunner, my_flow, prefect_deploy; print('fine')"
     done = run(sys.executable, "-c", code, cwd=project)
     assert done.stdout.split()[-1:] == ["fine"], done.stderr
+
+
+# ---- The sample project of the README, in the lane it is written for ----
+
+for_the_sample = pytest.mark.skipif(
+    not (KEDRO_1 and PREFECT_3), reason="it is written for the current lane"
+)
+
+
+def copy_of_the_sample(path: Path) -> Path:
+    """What a fresh clone has of it, with the script copied in."""
+    made = shutil.ignore_patterns("0[2-9]*", "__pycache__", "register_prefect_flow.py")
+    return copy_in(Path(shutil.copytree(SCRIPT.parent / "tests/wine", path, ignore=made)))
+
+
+@pytest.mark.slow
+@for_the_sample
+def test_the_sample_gives_what_kedro_run_gives(tmp_path: Path, server: Server) -> None:
+    project, reference = (copy_of_the_sample(tmp_path / name / "wine") for name in "ab")
+    done = register(project, server, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"plot: MatplotlibDataset {project}/data/08_reporting/accuracy.png" in done.stdout
+    assert kedro_run(reference).returncode == 0
+
+    files = written_files(project)
+    assert files == written_files(reference)
+    assert set(files) == {
+        "01_raw/README.md",
+        "01_raw/wine.csv",
+        "04_feature/features.csv",
+        "06_models/best.pickle/VERSION/best.pickle",
+        "06_models/forest.pickle",
+        "06_models/logistic.pickle",
+        "06_models/neighbours.pickle",
+        "08_reporting/accuracy.png",
+        "08_reporting/metrics.json",
+    }
+    metrics = json.loads(files["08_reporting/metrics.json"])
+    assert metrics["accuracy"][metrics["best"]] == max(metrics["accuracy"].values()) > 0.9
+    assert files["08_reporting/accuracy.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@for_the_sample
+def test_the_sample_has_three_pipelines(tmp_path: Path) -> None:
+    project = copy_of_the_sample(tmp_path / "wine")
+    message = register(project, None, "--dry_run", "--run", "--pipeline", "none").stderr
+    assert "The pipelines are: __default__, modelling, processing." in message

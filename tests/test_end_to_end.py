@@ -25,7 +25,7 @@ from conftest import (
     run,
     written_files,
 )
-from tiny_project import write_tiny_project
+from sample_projects import write_tiny_project
 
 
 def trace(project: Path) -> Counter[str]:
@@ -59,7 +59,7 @@ def reference(tmp_path: Path) -> Path:
 def test_a_run_gives_what_kedro_run_gives(
     server: Server, pool: str, project: Path, reference: Path
 ) -> None:
-    deployment = register_and_forget(project, server, pool, forks=False)
+    deployment = register_and_forget(project, server, pool)
     assert deployment == "tiny/example"
     flow_run = server.finished(server.trigger(deployment, cwd=project))
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]

@@ -1,16 +1,14 @@
 """Nodes in other processes, here and on Dask; and what they hand on, in checkpoints."""
 
 import json
-import logging
-import pickle
 import re
-import socket
+import shutil
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,36 +17,28 @@ from typing import Any
 import pytest
 from conftest import (
     BIN,
-    DASK,
     PREFECT_3,
     Server,
     children,
     copy_in,
     eventually,
     fail,
+    is_gone,
     register,
+    run,
     stop,
     write_config,
     write_pipeline,
 )
-from features_project import KEDRO, write_features_project
-from flaky_project import mend, ran
-from test_features import FEATURES, compare
-from tiny_project import write_tiny_project
+from engines import ENGINES, Proxy, dask_cluster, s3_bucket, with_dask, with_s3
+from in_one_process import calls, compare
+from kedro.pipeline.node import Node
+from sample_projects import KEDRO, mend, ran, write_features_project, write_tiny_project
+from test_features import FEATURES
 
 pytestmark = pytest.mark.skipif(
     not PREFECT_3 or KEDRO < (0, 19), reason="needs Kedro 0.19 and Prefect 3"
 )
-ENGINES = ["processes", DASK]
-with_dask = pytest.mark.skipif(not find_spec("distributed"), reason="not installed")
-with_s3 = pytest.mark.skipif(not find_spec("moto"), reason="not installed")
-
-# Each process that runs nodes opens the project, and so has a context and a catalog of its own.
-PER_PROCESS = ("after_context_created", "after_catalog_created")
-
-
-def calls(run_: dict[str, Any]) -> list[str]:
-    return [call for call in run_["trace"] if json.loads(call)[0] not in PER_PROCESS]
 
 
 @pytest.mark.one_lane
@@ -398,28 +388,28 @@ def test_the_code_that_is_compared_is_the_projects_package(tmp_path: Path) -> No
         (folder / "nodes.py").write_text("")
     (package / ".#nodes.py").symlink_to("nowhere")  # as editors lock a file
     metadata = SimpleNamespace(source_dir=tmp_path, package_name="tiny")
-    before = script._fingerprint(metadata)
+    before = script._versions(metadata)
     (tmp_path / ".venv/nodes.py").write_text("changed")
-    assert script._fingerprint(metadata) == before
+    assert script._versions(metadata) == before
     (package / "nodes.py").write_text("changed")
-    assert script._fingerprint(metadata) != before
+    assert script._versions(metadata) != before
 
 
 def test_a_difference_of_versions_is_named() -> None:
     import register_prefect_flow as script
 
     metadata = SimpleNamespace(source_dir=Path("/nowhere"), package_name="tiny")
-    theirs = script._fingerprint(metadata) | {"Python": "3.9"}
+    theirs = script._versions(metadata) | {"Python": "3.9"}
     with pytest.raises(RuntimeError, match=r"Python is 3\.1\S+ on \S+, and 3\.9 in the flow"):
-        script._check_same(metadata, theirs)
+        script._check_versions(metadata, theirs)
 
 
 def test_a_machine_without_the_project_is_named() -> None:
     import register_prefect_flow as script
 
-    children = script._Children("/nowhere/register_prefect_flow.py")
+    children = script._ChildPool("/nowhere/register_prefect_flow.py")
     with pytest.raises(FileNotFoundError, match=r"has no /nowhere/register_prefect_flow\.py"):
-        list(children.run({"node": "a"}, {}))
+        children.run({"node_name": "a"})
 
 
 @pytest.mark.one_lane
@@ -485,6 +475,7 @@ def test_ctrl_c_and_a_kill_leave_no_process(project: Path, server: Server) -> No
         process = server.start(command, "flow", project, server.env)
         try:
             eventually((project / "sleeps.txt").exists, or_show=server.folder / "flow.log")
+            assert children(), "else what follows shows nothing"
             subprocess.run(["kill", f"-{signal_}", str(process.pid)], check=True)
             process.wait(timeout=60)
             eventually(lambda: not children(), seconds=5)
@@ -494,60 +485,6 @@ def test_ctrl_c_and_a_kill_leave_no_process(project: Path, server: Server) -> No
 
 
 # ---- Clusters that are there before a run, and after it ----
-
-
-class Proxy:
-    """Hands on what is said between a flow and a scheduler, and keeps it."""
-
-    def __init__(self, port: int) -> None:
-        self.said = b""
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.target = port
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self.hand_on, args=pair, daemon=True).start()
-
-    def hand_on(self, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                self.said += data
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-
-
-@contextmanager
-def dask_cluster(folder: Path) -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
-    """A scheduler, and two workers that were started in folders of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    scheduler: list[Any] = ["scheduler", "--port", port, "--no-dashboard"]
-    worker = ["worker", f"tcp://127.0.0.1:{port}", "--nthreads", 1, "--no-dashboard"]
-    processes = []
-    for number, command in enumerate([scheduler, worker, worker]):
-        place = folder / f"dask-{number}"
-        place.mkdir()
-        with (place / "log.txt").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [str(part) for part in [BIN / "dask", *command]],
-                    cwd=place,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            )
-    yield port, processes
-    for process in reversed(processes):
-        stop(process)
 
 
 @pytest.fixture(scope="module")
@@ -676,40 +613,15 @@ def test_resources_of_a_node_choose_its_worker(
 def test_a_node_whose_end_is_not_heard_of_has_not_completed() -> None:
     import register_prefect_flow as script
 
-    record = pickle.dumps(logging.makeLogRecord({"msg": "the last that comes", "levelno": 20}))
-
     class Engine:
-        def run(self, job: Any, resources: Any) -> Iterator[tuple[str, bytes]]:
-            yield "log", record
+        def run(self, job: Any, resources: Any) -> tuple[str, bytes]:
+            return "lost", b"is lost with its worker"
 
-    with pytest.raises(RuntimeError, match=r"The worker that ran node .a. is lost"):
-        script._run_in_child(Engine(), {"node": "a"}, {})
-
-
-@contextmanager
-def s3_bucket(project: Path) -> Iterator[Any]:
-    """A bucket for checkpoints, with credentials that `conf/local` has."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    moto.start()
-    try:
-        url = f"http://127.0.0.1:{moto.get_host_and_port()[1]}"
-        keys = {"aws_access_key_id": "xyzzy4711", "aws_secret_access_key": "4711xyzzy"}
-        s3 = boto3.resource("s3", endpoint_url=url, region_name="us-east-1", **keys)
-        bucket = s3.Bucket("bucket")
-        bucket.create()
-        (project / "conf/local/credentials.yml").write_text(
-            "bucket: {key: xyzzy4711, secret: 4711xyzzy, client_kwargs:"
-            f" {{endpoint_url: '{url}'}}}}\n"
-        )
-        (project / "conf/local/parameters.yml").write_text("")
-        place = "{url: 's3://bucket/handed_on', credentials: bucket}"
-        write_config(project, f"task_runner: {{type: processes}}\ncheckpoints: {place}")
-        yield bucket
-    finally:
-        moto.stop()
+    job = script._Job({}, "", "", False, {}, "", "")
+    node = Node(lambda x: x, "x", "y", name="a")
+    in_children = script._InChildren(Engine(), job, {node: "its key"}, {})
+    with pytest.raises(RuntimeError, match=r"node .a. is lost with its worker"):
+        in_children.run(node, 1)
 
 
 @pytest.mark.slow
@@ -808,16 +720,14 @@ def test_a_thread_that_keeps_a_child_is_named_and_awaited(project: Path, server:
 def test_an_idle_child_that_has_died_gets_no_node(project: Path) -> None:
     import register_prefect_flow as script
 
-    children = script._Children(str(project / "register_prefect_flow.py"))
-    first = children._take()
-    children._busy.remove(first)
-    children._idle.append(first)
+    children = script._ChildPool(str(project / "register_prefect_flow.py"))
+    first = children._take({"id": "a", "node_name": "a"})
+    children._idle.append(children._busy.pop("a"))
     first.kill()
-    assert first.has_ended(timeout=20)
-    second = children._take()
+    second = children._take({"id": "b", "node_name": "b"})
     assert second is not first
     second.kill()
-    assert second.has_ended(timeout=20)
+    assert not second.is_alive()
     second.kill()  # its number may be another's by now
 
 
@@ -883,7 +793,7 @@ def test_hooks_of_all_processes_and_files_of_several_nodes_are_warned_of(
     done = register(project, server, "--run")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    said = re.findall(r"book\.json may write at the same time: nodes (\w+) and (\w+)", output)
+    said = re.findall(r"Nodes (\w+) and (\w+) may write \S+/book\.json at the same", output)
     assert {frozenset(pair) for pair in said} == {
         frozenset({"one", "two"}),
         frozenset({"three", "two"}),
@@ -893,7 +803,7 @@ def test_hooks_of_all_processes_and_files_of_several_nodes_are_warned_of(
     write_config(project, "")
     done = register(project, server, "--run")
     assert done.returncode == 0, done.stderr
-    assert "may write at the same time" not in done.stdout + done.stderr
+    assert "at the same time" not in done.stdout + done.stderr
 
 
 MEETING = """
@@ -936,3 +846,170 @@ def test_more_nodes_run_at_once_when_the_cluster_has_grown(
         assert flow.wait(timeout=120) == 0, (server.folder / "growing.log").read_text()[-3000:]
     log = (server.folder / "growing.log").read_text()
     assert "Waiting up to 20 s for Dask workers at tcp://127.0.0.1:" in log
+
+
+# ---- What is left behind on a machine ----
+
+PARALLEL = """
+import os
+import time
+from pathlib import Path
+
+import numpy
+from joblib import Parallel, delayed
+
+
+def total(array, number):
+    Path(f"worker_{number}.txt").write_text(str(os.getpid()))
+    while Path("hang").exists():
+        time.sleep(0.1)
+    return type(array).__name__, int(array.sum())
+
+
+def fit(numbers):
+    array = numpy.ones(500_000)  # above a megabyte, joblib writes it into shared memory
+    Path("pid.txt").write_text(str(os.getpid()))
+    return Parallel(n_jobs=2)(delayed(total)(array, number) for number in numbers)
+"""
+
+
+def in_shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def in_session(leader: int) -> list[str]:
+    """The processes of a child, and of all that it has started."""
+    found = subprocess.run(["ps", "-A", "-o", "sid=,stat=,args="], capture_output=True, text=True)
+    lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
+    return [args for sid, stat, args in lines if sid == str(leader) and stat[0] != "Z"]
+
+
+@pytest.fixture
+def parallel(project: Path) -> Path:
+    """A project with a node that computes with joblib."""
+    pytest.importorskip("joblib")
+    write_pipeline(project, PARALLEL, "node(fit, 'numbers', 'total', name='fit')")
+    return project
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_joblib_leaves_no_process_and_no_shared_memory(
+    parallel: Path, server: Server, engine: str
+) -> None:
+    write_config(parallel, f"task_runner: {{type: {engine}}}")
+    before = in_shared_memory()
+    done = run(sys.executable, "register_prefect_flow.py", "--run", cwd=parallel, env=server.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((parallel / "data/total.json").read_text()) == [["memmap", 500_000]] * 3
+    pid = (parallel / "pid.txt").read_text()
+    workers = {path.read_text() for path in parallel.glob("worker_*.txt")}
+    assert pid not in workers, "joblib has had processes of its own"
+    assert not in_session(int(pid))
+    assert not [name for name in in_shared_memory() - before if pid in name]
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_joblib_leaves_no_shared_memory_when_a_run_is_killed(
+    parallel: Path, server: Server, engine: str
+) -> None:
+    (parallel / "hang").touch()
+    write_config(parallel, f"task_runner: {{type: {engine}}}")
+    before = in_shared_memory()
+    command = [sys.executable, parallel / "register_prefect_flow.py", "--run"]
+    flow = server.start(command, "flow", parallel, server.env)
+    try:
+        eventually(lambda: len(list(parallel.glob("worker_*.txt"))) == 2)
+        pid = (parallel / "pid.txt").read_text()
+        flow.kill()
+        eventually(lambda: not in_session(int(pid)), seconds=5)
+    finally:
+        stop(flow)
+    left = [name for name in in_shared_memory() - before if pid in name]
+    for name in left:
+        path = Path("/dev/shm", name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not left
+
+
+IDLING = """
+import os
+import time
+from pathlib import Path
+
+
+def meet(name):
+    def run(numbers):
+        Path(f"pid_{name}.txt").write_text(str(os.getpid()))
+        while not Path(f"end_{name}").exists():
+            time.sleep(0.1)
+        return 1
+
+    return run
+"""
+
+
+@contextmanager
+def waiting_on_dask(
+    project: Path, server: Server, folder: Path
+) -> Iterator[tuple[int, subprocess.Popen[bytes], dict[str, int]]]:
+    """A cluster, a flow, and its children there: one that is busy, and one that waits."""
+    nodes = ", ".join(f"node(meet('{n}'), 'numbers', '{n}', name='{n}')" for n in ("busy", "idle"))
+    write_pipeline(project, IDLING, nodes)
+    with dask_cluster(folder) as (port, processes):
+        write_config(project, f"task_runner: {{type: dask, address: 'tcp://127.0.0.1:{port}'}}")
+        command = [sys.executable, project / "register_prefect_flow.py", "--run"]
+        flow = server.start(command, "flow", project, server.env)
+        try:
+            paths = {name: project / f"pid_{name}.txt" for name in ("busy", "idle")}
+            eventually(lambda: all(path.exists() and path.read_text() for path in paths.values()))
+            (project / "end_idle").touch()
+            log = server.folder / "flow.log"
+            eventually(lambda: "Completed node: idle" in log.read_text())
+            yield port, flow, {name: int(path.read_text()) for name, path in paths.items()}
+        finally:  # the cluster itself does not end when a test fails
+            for process in [flow, *reversed(processes)]:
+                stop(process)
+
+
+@pytest.mark.slow
+@with_dask
+def test_ctrl_c_leaves_no_child_and_nothing_else_on_a_cluster(
+    project: Path, server: Server, tmp_path: Path
+) -> None:
+    with waiting_on_dask(project, server, tmp_path) as (port, flow, pids):
+        flow.send_signal(signal.SIGINT)
+        assert flow.wait(timeout=20) == 130
+        eventually(lambda: all(map(is_gone, pids.values())), seconds=5)
+        left = left_on(port)
+        assert left["tasks"] == left["events"] == []
+        assert all(found == ([], []) for found in left["workers"].values()), left
+
+
+@pytest.mark.slow
+@with_dask
+def test_a_flow_that_is_killed_leaves_no_busy_child_on_a_cluster(
+    project: Path, server: Server, tmp_path: Path
+) -> None:
+    with waiting_on_dask(project, server, tmp_path) as (port, flow, pids):
+        flow.kill()
+        eventually(lambda: is_gone(pids["busy"]), seconds=5)
+        assert not [key for key in left_on(port)["tasks"] if key.startswith("busy-")]
+
+
+@pytest.mark.slow
+@with_dask
+def test_a_flow_that_is_killed_leaves_no_idle_child_and_nothing_else_on_a_cluster(
+    project: Path, server: Server, tmp_path: Path
+) -> None:
+    with waiting_on_dask(project, server, tmp_path) as (port, flow, pids):
+        flow.kill()
+        eventually(lambda: is_gone(pids["busy"]), seconds=5)
+        time.sleep(10)
+        left = left_on(port)
+        assert is_gone(pids["idle"])
+        assert left["tasks"] == [], "events Dask forgets by itself, an hour later"
+        assert all(found == ([], []) for found in left["workers"].values()), left

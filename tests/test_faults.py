@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from conftest import (
     eventually,
     fail,
     is_gone,
+    process_of,
     register,
     register_and_forget,
     run,
@@ -32,14 +33,9 @@ from conftest import (
     write_config,
     write_pipeline,
 )
-from flaky_project import ALL, ran
-from test_engines import (
-    Proxy,
-    dask_cluster,
-    s3_bucket,
-    with_dask,
-    with_s3,
-)
+from engines import Proxy, dask_cluster, s3_bucket, with_dask, with_s3
+from sample_projects import ALL, ran
+from test_projects import suspend
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,12 +59,11 @@ def hang(
     project: Path,
     engine: str = "threads",
     more: str = "",
-    forks: bool = False,
 ) -> tuple[str, int]:
     """Start a flow run, and wait until one node hangs, and all before it are recorded."""
     (project / "hang").touch()
     write_config(project, f"task_runner: {{type: {engine}}}\n{more}")
-    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky", forks=forks)
+    deployment = register_and_forget(project, server, pool, "--pipeline", "flaky")
     flow_run_id = server.start_run(deployment)
     before = set(ALL) - {"flaky"}
 
@@ -127,7 +122,7 @@ def test_a_run_that_is_ended_stops_its_nodes_at_once_and_can_be_resumed(
     end: Callable[[Server, str], None],
     state: str,
 ) -> None:
-    flow_run_id, pid = hang(server, pool, flaky, engine, forks=engine == "dask")
+    flow_run_id, pid = hang(server, pool, flaky, engine)
     end(server, flow_run_id)
     eventually(lambda: is_gone(pid), seconds=20)
     assert server.finished(flow_run_id)["state_type"] == state
@@ -149,7 +144,7 @@ def test_a_cancelled_run_in_threads_ends_within_prefects_patience(
 def test_a_terminated_run_in_threads_starts_no_other_node(
     server: Server, pool: str, flaky: Path
 ) -> None:
-    flow_run_id, _ = hang(server, pool, flaky, forks=True)
+    flow_run_id, _ = hang(server, pool, flaky)
     (flaky / "mended").touch()
     terminate_flow(server, flow_run_id)
     time.sleep(1)
@@ -484,7 +479,7 @@ def test_a_lost_dask_worker_fails_its_node_which_runs_again_as_retries_say(
     with dask_cluster(tmp_path) as (port, _):
         runner = f"dask, address: 'tcp://127.0.0.1:{port}'"
         tasks = f"tasks: {{flaky: {{retries: {retries}}}}}"
-        flow_run_id, pid = hang(server, pool, flaky, runner, tasks, forks=True)
+        flow_run_id, pid = hang(server, pool, flaky, runner, tasks)
         (flaky / "mended").touch()
         os.kill(parent_of(pid), signal.SIGKILL)
         eventually(lambda: is_gone(pid), seconds=5)
@@ -505,7 +500,7 @@ def test_a_lost_dask_scheduler_ends_the_run(
 ) -> None:
     with dask_cluster(tmp_path) as (port, processes):
         runner = f"dask, address: 'tcp://127.0.0.1:{port}'"
-        flow_run_id, pid = hang(server, pool, flaky, runner, forks=True)
+        flow_run_id, pid = hang(server, pool, flaky, runner)
         os.kill(processes[0].pid, signal.SIGKILL)
         assert server.finished(flow_run_id)["state_type"] == "FAILED"
         assert ran(flaky) == ALL
@@ -624,3 +619,219 @@ def test_many_runs_complete_and_leave_nothing_with_the_worker(
         assert len(versions) == AT_ONCE + IN_A_ROW
         assert after.pop("kB") < before.pop("kB") + 20_000
         assert all(after[what] <= before[what] + 2 for what in before), (before, after)
+
+
+# ---- Faults with each of the engines; Dask is a cluster that is there before and after ----
+
+
+@contextmanager
+def engine_of(kind: str, folder: Path) -> Iterator[str]:
+    """What prefect.yml says of an engine, which is there meanwhile."""
+    if kind == "processes":
+        yield kind
+        return
+    with dask_cluster(folder) as (port, processes):
+        try:
+            yield f"dask, address: 'tcp://127.0.0.1:{port}'"
+        finally:  # the cluster itself does not end when a test fails
+            for process in reversed(processes):
+                stop(process)
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [(kill_flow, "CRASHED"), (terminate_flow, "CRASHED"), (cancel, "CANCELLED")],
+)
+def test_a_run_that_is_ended_stops_its_nodes_on_a_cluster(
+    server: Server,
+    pool: str,
+    flaky: Path,
+    tmp_path: Path,
+    end: Callable[[Server, str], None],
+    state: str,
+) -> None:
+    with engine_of("dask", tmp_path) as engine:
+        flow_run_id, pid = hang(server, pool, flaky, engine)
+        end(server, flow_run_id)
+        eventually(lambda: is_gone(pid), seconds=5)
+        assert server.finished(flow_run_id)["state_type"] == state
+        assert ran(flaky) == ALL, "no other node has started"
+        assert resume(server, flaky, flow_run_id) == ["flaky", "last"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "again"),
+    [
+        # Its own checkpoints are lost with a machine: what was in them is made again.
+        ("processes", "", ["aside", "finish_aside", "flaky", "keep", "last"]),
+        ("processes", "checkpoints: shared", ["flaky", "last"]),
+        ("dask", "checkpoints: shared", ["flaky", "last"]),
+    ],
+)
+def test_a_run_whose_machine_is_lost_goes_on_with_another_worker(
+    server: Server, flaky: Path, tmp_path: Path, kind: str, more: str, again: list[str]
+) -> None:
+    name, other = f"lost-{kind}-{bool(more)}", tmp_path / "other"
+    other.mkdir()
+    home = {"PREFECT_HOME": str(tmp_path / "home")}
+    with engine_of(kind, tmp_path) as engine, own_worker(server, tmp_path, name, home) as start:
+        first = start()
+        flow_run_id, pid = hang(server, name, flaky, engine, more)
+        flow = flow_process(server)
+        for lost in (first.pid, flow):  # the worker first, or it would tell
+            os.kill(lost, signal.SIGKILL)
+        first.wait()
+        eventually(lambda: is_gone(pid), seconds=5)
+        assert server.flow_run(flow_run_id)["state_type"] == "RUNNING", "Prefect knows no better"
+        # What the UI's "Change state" does; then it can be retried.
+        crashed = {"state": {"type": "CRASHED"}, "force": True}
+        server.post(f"/flow_runs/{flow_run_id}/set_state", crashed)
+        pool = ["--pool", name, "--work-queue", QUEUE, "--name", "other"]
+        env = {**server.env, "PREFECT_HOME": str(other / "home")}
+        command = [BIN / "prefect", "worker", "start", *pool]
+        server.worker = server.start(command, f"worker-{name}-other", other, env)
+        try:
+            assert resume(server, flaky, flow_run_id) == again
+        finally:
+            stop(server.worker)
+
+
+AT_ONCE_NODES = """
+import os
+import time
+from pathlib import Path
+
+
+def own(numbers, factor):
+    return factor, time.time_ns()
+
+
+def meet(own, factor):
+    Path(f"pid_{factor}.txt").write_text(str(os.getpid()))
+    while Path(f"hang_{factor}").exists():
+        time.sleep(0.1)
+    return own, factor
+
+
+def compare(own, met, factor):
+    return [*own, *met[0], met[1], factor]
+"""
+
+
+@pytest.mark.parametrize("kind", ["processes", "dask"])
+def test_two_runs_of_a_deployment_at_once_have_nothing_in_common(
+    server: Server, pool: str, project: Path, tmp_path: Path, kind: str
+) -> None:
+    nodes = (
+        "node(own, ['numbers', 'params:factor'], 'own', name='own'),"
+        "node(meet, ['own', 'params:factor'], 'met', name='meet'),"
+        "node(compare, ['own', 'met', 'params:factor'], 'compared', name='compare')"
+    )
+    write_pipeline(project, AT_ONCE_NODES, nodes)
+    with (project / "conf/base/catalog.yml").open("a") as catalog:
+        entry = "{type: json.JSONDataset, filepath: data/compared.json, versioned: true}"
+        catalog.write(f"\ncompared: {entry}\n")
+    flow_runs: dict[int, str] = {}
+    with engine_of(kind, tmp_path) as engine:
+        write_config(project, f"task_runner: {{type: {engine}}}")
+        deployment = register_and_forget(project, server, pool)
+        for factor in (5, 7):
+            (project / f"hang_{factor}").touch()
+            flow_runs[factor] = server.start_run(deployment, runtime_params={"factor": factor})
+        pids = {factor: project / f"pid_{factor}.txt" for factor in flow_runs}
+        eventually(lambda: all(path.exists() and path.read_text() for path in pids.values()))
+        os.kill(process_of(server, flow_runs[7]), signal.SIGKILL)
+        eventually(lambda: is_gone(int(pids[7].read_text())), seconds=5)
+        assert server.finished(flow_runs[7])["state_type"] == "CRASHED"
+        assert not is_gone(int(pids[5].read_text())), "that of the other one runs"
+        for factor in flow_runs:
+            (project / f"hang_{factor}").unlink()
+        flow_run = server.finished(flow_runs[5])
+        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+        compared = project / "data/compared.json"
+        [first] = compared.glob("*/compared.json")
+        flow_run = server.retry(flow_runs[7])
+        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+    found = [json.loads(path.read_text()) for path in compared.glob("*/compared.json")]
+    for factor, drawn, *others in found:
+        assert others == [factor, drawn, factor, factor]
+    assert sorted(values[0] for values in found) == [5, 7]
+    assert json.loads(first.read_text())[0] == 5
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[Path]:
+    """A disk of 1 MB with nothing but a file that takes it up."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr}")
+    try:
+        with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        yield folder / "filler"
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+LARGE = """
+def large(numbers, factor):
+    return factor * 133_000 * "x"
+
+
+def reads(large):
+    return len(large)
+"""
+
+
+@pytest.mark.parametrize("kind", ["processes", "dask"])
+def test_a_full_disk_for_checkpoints_fails_the_run_which_goes_on_when_there_is_room(
+    server: Server, pool: str, project: Path, tmp_path: Path, kind: str
+) -> None:
+    nodes = (
+        "node(large, ['numbers', 'params:factor'], 'large', name='large'),"
+        "node(reads, 'large', 'total', name='reads')"
+    )
+    write_pipeline(project, LARGE, nodes)
+    with full_disk(tmp_path / "disk") as filler, engine_of(kind, tmp_path) as engine:
+        write_config(project, f"task_runner: {{type: {engine}}}\ncheckpoints: {filler.parent}")
+        flow_run_id = server.start_run(register_and_forget(project, server, pool))
+        own = filler.parent / flow_run_id
+
+        def failure(flow_run: dict[str, Any]) -> str:
+            assert flow_run["state_type"] == "FAILED"
+            assert "No space left on device" in flow_run["state"]["message"]
+            assert not (project / "data/total.json").exists()
+            assert not list(own.glob("large-*.pickle")), "it has half a file"
+            return flow_run["state"]["message"]
+
+        assert f"cannot be pickled to {own}/params" in failure(server.finished(flow_run_id))
+        os.truncate(filler, filler.stat().st_size - 200_000)
+        assert f"cannot be pickled to {own}/large" in failure(server.retry(flow_run_id))
+        filler.unlink()
+        flow_run = server.retry(flow_run_id)
+        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+        assert json.loads((project / "data/total.json").read_text()) == 399_000
+        assert not list(filler.parent.iterdir()), "what was half written is gone as well"
+
+
+def test_a_run_that_is_suspended_on_dask_ends_and_goes_on_where_it_was(
+    server: Server, pool: str, flaky: Path, tmp_path: Path
+) -> None:
+    with engine_of("dask", tmp_path) as engine:
+        flow_run_id, pid = hang(server, pool, flaky, engine)
+        (flaky / "mended").touch()
+        suspend(server, flow_run_id)
+        eventually(lambda: server.flow_run(flow_run_id)["state_name"] == "Suspended")
+        time.sleep(12)  # a process looks for this every 10 s, or is told
+        (flaky / "hang").unlink()
+        server.await_idle_worker()
+        assert server.flow_run(flow_run_id)["state_name"] == "Suspended"
+        assert ran(flaky) == ALL, "nothing new has started"
+        eventually(lambda: is_gone(pid), seconds=5)
+        server.post(f"/flow_runs/{flow_run_id}/resume", {})
+        flow_run = server.finished(flow_run_id)
+        assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
+        assert ran(flaky) == ["last"]

@@ -2,15 +2,14 @@
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FORKING, KEDRO_1, Server, copy_in, register, run
-from features_project import KEDRO, write_custom_project, write_features_project
+from conftest import KEDRO_1, Server, copy_in, register
+from in_one_process import compare
+from sample_projects import KEDRO, write_features_project, write_project
 
-TESTS = Path(__file__).parent
 PATTERNS = KEDRO >= (0, 18, 12)
 OLD_VERSION = "2020-01-01T00.00.00.000Z"
 
@@ -80,22 +79,6 @@ if KEDRO_1:
     )
 
 
-def compare(
-    project: Path, server: Server, options: list[list[str]], **env: str
-) -> list[dict[str, Any]]:
-    """Run the project by `kedro run` and by the script, with each list of options."""
-    arguments = [["--env", "base", *each] if "--env" not in each else each for each in options]
-    script = TESTS / "compare_runs.py"
-    command = (*FORKING, script, json.dumps(arguments))
-    done = run(*command, cwd=project, env=server.env | env, timeout=1200)  # there may be many
-    assert (project / "runs.json").exists(), done.stdout + done.stderr
-    text = (project / "runs.json").read_text()
-    # Save versions are those of the run.
-    return json.loads(
-        re.sub(r"(?!2020|2021)\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\d\.\d{3,6}Z", "NOW", text)
-    )
-
-
 @pytest.fixture(scope="module")
 def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All features, run in one process: starting one takes longer than its runs."""
@@ -158,7 +141,7 @@ def test_nodes_load_and_save_asynchronously_if_asked_to(tmp_path: Path, server: 
 def test_catalog_config_loader_and_session_may_be_classes_of_the_project(
     tmp_path: Path, server: Server
 ) -> None:
-    project = copy_in(write_custom_project(tmp_path / "project"))
+    project = copy_in(write_project(tmp_path / "project", "custom"))
     checked = register(project, None, "--dry_run", "--run")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     pair, with_params = compare(project, server, [[], ["--params", "factor=6"]])

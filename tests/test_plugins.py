@@ -107,7 +107,6 @@ def test_each_flow_run_is_one_mlflow_run(project: Path, server: Server, pool: st
     done = register(project, server, *pools, "--pipeline", "scored")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(mlflow_runs(project)) == 1, "registering is no run"
-    server.run_in_forks("tiny/example")
     for _ in range(2):
         flow_run = server.finished(server.start_run("tiny/example"))
         assert flow_run["state_type"] == "COMPLETED", flow_run["state"]

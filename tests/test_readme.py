@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from conftest import SCRIPT
-from features_project import KEDRO
+from sample_projects import KEDRO
 from test_config import load, write
 
 import register_prefect_flow
@@ -53,6 +53,14 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     assert "-m pytest tests" in block("test command")
     for name in ("run command", "test command"):
         assert f'readme "{name}"\n' in (ROOT / ".ci/run").read_text()
+
+
+def test_the_table_in_ci_names_suites_that_are_there() -> None:
+    table = (ROOT / ".ci/run").read_text().split("suites='\n")[1].split("\n'")[0]
+    head, *rows = map(str.split, table.splitlines())
+    there = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert {row[0] for row in rows} - there == {"others"}
+    assert {len(row) for row in rows} == {len(head)}
 
 
 @pytest.mark.parametrize("name", ["run command", "test command"])

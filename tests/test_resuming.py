@@ -9,8 +9,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Server, eventually, fail, register, register_and_forget, stop
-from flaky_project import ALL, mend, ran
+from conftest import (
+    Server,
+    eventually,
+    fail,
+    register,
+    register_and_forget,
+    stop,
+    write_config,
+    write_pipeline,
+)
+from sample_projects import ALL, mend, ran
 from test_end_to_end import edges, trace
 
 
@@ -90,7 +99,7 @@ def test_after_a_kill_only_what_was_running_runs_again(
     server: Server, pool: str, flaky: Path
 ) -> None:
     (flaky / "hang").touch()
-    deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky", forks=False)
+    deployment = register_and_forget(flaky, server, pool, "--pipeline", "flaky")
     flow_run_id = server.start_run(deployment)
     eventually(lambda: (flaky / "pid.txt").exists() and (flaky / "data/side.json").exists())
     done = ["save", "keep", "aside", "finish_aside"]
@@ -177,6 +186,49 @@ def test_a_flow_may_retry_itself(server: Server, flaky: Path) -> None:
     assert ran(flaky) == sorted([*ALL, "flaky", "keep", "last"])
     outputs = done.stdout.partition("Its outputs:\n")[2]
     assert re.findall(r"(?m)^  (\w+): ", outputs) == ["end", "kept_copy", "side"], "of all nodes"
+
+
+CONFIRMING = """
+from pathlib import Path
+
+
+def read(incoming):
+    return sorted(incoming)
+
+
+def total(news):
+    if not Path("failed").exists():
+        Path("failed").touch()
+        raise RuntimeError("once")
+    return news
+"""
+
+
+@pytest.mark.one_lane
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_what_has_been_confirmed_is_not_lost_in_a_retry(
+    project: Path, server: Server, checkpoints: bool
+) -> None:
+    nodes = "node(read, 'incoming', 'news', name='read', confirms='incoming'), "
+    write_pipeline(project, CONFIRMING, nodes + "node(total, 'news', 'total', name='total')")
+    (project / "data/incoming").mkdir()
+    (project / "data/incoming/monday.json").write_text("1")
+    dataset = (
+        "{type: partitions.IncrementalDataset, path: data/incoming, dataset: json.JSONDataset}"
+    )
+    with (project / "conf/base/catalog.yml").open("a") as catalog:
+        catalog.write(f"\nincoming: {dataset}\n")
+    write_config(project, "checkpoints: kept" if checkpoints else "")
+    done = register(project, server, "--run", env=RETRIES)
+    output = done.stdout + done.stderr
+    if checkpoints:
+        assert done.returncode == 0, output
+        assert json.loads((project / "data/total.json").read_text()) == ["monday.json"]
+    else:
+        assert done.returncode == 1, output
+        assert "Node 'read' has confirmed incoming, and cannot run again" in output
+        assert not (project / "data/total.json").exists()
 
 
 @pytest.mark.one_lane

@@ -27,8 +27,20 @@ from conftest import (
     write_config,
     written_files,
 )
-from habits_project import HABITS, write_habits_project
-from test_features import compare
+from in_one_process import compare
+from sample_projects import write_project
+
+# From the name of a habit to the options of `kedro run`.
+HABITS = {
+    name: ["--pipeline", name]
+    for name in (
+        "plots", "seeds", "folders", "signals", "warnings", "asyncio", "flows", "variables", "databases", "caches",
+        "lazy", "incremental", "tables", "generators", "hooks", "lambdas", "keys", "names", "handed on",
+    )
+}  # fmt: skip
+HABITS["one copy"] = ["--pipeline", "copies"]
+HABITS["three copies"] = ["--pipeline", "copies", "--params", "copies=3"]
+HABITS["two copies"] = ["--pipeline", "copies", "--params", "copies=2"]
 
 MODES = [
     "default",
@@ -49,7 +61,7 @@ def runs(request: Any, server: Server, tmp_path_factory: pytest.TempPathFactory)
     if not server.request("POST", "/variables/filter", {}):
         server.post("/variables/", {"name": "habit", "value": "coffee"})
     mode = request.param
-    project = copy_in(write_habits_project(tmp_path_factory.mktemp("habits") / "project"))
+    project = copy_in(write_project(tmp_path_factory.mktemp("habits") / "project", "habits"))
     if mode == "default":
         return dict(zip(HABITS, compare(project, server, [*HABITS.values()]), strict=True))
     # Children take longest to start: one run of all pipelines, and one for each with parameters.
@@ -75,7 +87,7 @@ def test_a_flow_run_writes_what_kedro_run_writes(runs: dict[str, Any], habit: st
 
 @pytest.fixture
 def habits(tmp_path: Path) -> Path:
-    return copy_in(write_habits_project(tmp_path / "project"))
+    return copy_in(write_project(tmp_path / "project", "habits"))
 
 
 RETRIED = [
@@ -98,7 +110,7 @@ def test_a_task_that_is_retried_replaces_what_it_has_saved(
     assert (habits / "was_away").exists()
     assert (habits / "yielded").exists()
     assert (habits / "was_told").exists()
-    undisturbed = copy_in(write_habits_project(tmp_path / "undisturbed"))
+    undisturbed = copy_in(write_project(tmp_path / "undisturbed", "habits"))
     for name in ("was_away", "yielded", "was_told"):
         (undisturbed / name).touch()
     reference = kedro_run(undisturbed, "--pipeline", "trips")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import KEDRO_1, PREFECT_3, Server, eventually, register_and_forget, stop, write_config
+from engines import ENGINES
 from test_deployments import save_secret
 from test_end_to_end import assert_kept_nowhere
-from test_engines import ENGINES
 from test_faults import cancel, own_worker, resume
 
 pytestmark = [
@@ -62,7 +62,7 @@ def test_secrets_are_kept_nowhere(server: Server, flaky: Path, tmp_path: Path, e
         (flaky / "hang").touch()
         write_config(flaky, CONFIG % engine)
         arguments = ("-p", "flaky", "--env", "local", "--deployment_name", pool)
-        deployment = register_and_forget(flaky, server, pool, *arguments, forks=False)
+        deployment = register_and_forget(flaky, server, pool, *arguments)
         found = server.request("GET", f"/deployments/name/{deployment}")
         env = found["job_variables"]["env"] | {"OF_BLOCK": "{{ prefect.blocks.secret.door }}"}
         variables = {"job_variables": found["job_variables"] | {"env": env}}
