@@ -239,7 +239,8 @@ def _is_in_memory(dataset: Any | None) -> bool:
 
 
 def _copy_mode(dataset: Any | None) -> Any:
-    return getattr(dataset, "_copy_mode", None)
+    """Return how what is in memory is handed on, if the catalog says it; of a cache, too."""
+    return getattr(getattr(dataset, "_cache", dataset), "_copy_mode", None)
 
 
 def _inner(dataset: Any | None) -> Any:
@@ -2121,13 +2122,17 @@ def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> tup
     return tuple(names)
 
 
-def _check_for_children(pipeline: Pipeline, hook_manager: Any) -> None:
+def _check_for_children(pipeline: Pipeline, catalog: Any, hook_manager: Any) -> None:
     """Refuse what would be lost between processes, and warn of what each has for itself."""
+    logger = logging.getLogger("kedro")
     for node in pipeline.nodes:
         if lost := sorted(set(node.confirms) - set(node.inputs)):
             problem = f"Node '{node.name}' confirms {lost[0]}, which another node reads"
             remedy = "Each has a process of its own: let the node confirm it that reads it"
             raise ValueError(f"{problem}. {remedy}, or leave out task_runner.type.")
+    for name in sorted(pipeline.all_outputs()):
+        if _copy_mode(_get_dataset(catalog, name)) == "assign":
+            logger.warning("%s has copy_mode assign: nodes in other processes get copies", name)
     for plugin in hook_manager.get_plugins():
         calls = {call.name for call in hook_manager.get_hookcallers(plugin) or ()}
         of_nodes = any("node" in name or "dataset" in name for name in calls)
@@ -2135,7 +2140,7 @@ def _check_for_children(pipeline: Pipeline, hook_manager: Any) -> None:
             name = type(plugin).__qualname__
             place = "for the pipeline in this process, and for nodes in theirs"
             effect = "what it sets, opens or collects in one is not there in others"
-            logging.getLogger("kedro").warning("Hooks of %s are called %s: %s", name, place, effect)
+            logger.warning("Hooks of %s are called %s: %s", name, place, effect)
 
 
 @contextmanager
@@ -2150,7 +2155,7 @@ def _open_executor(
     keys: dict[Node, _NodeKey],
 ) -> Iterator[_InChildren]:
     """Yield what runs the nodes of a run in children; at the end, wait for all of these to end."""
-    _check_for_children(pipeline, hook_manager)
+    _check_for_children(pipeline, catalog, hook_manager)
     job = replace(job, handed_on=_hand_on(catalog, pipeline, checkpoints))
     engine = start_engine()
     try:

@@ -456,6 +456,16 @@ def test_mistakes_are_named_in_a_run(
 
 
 @pytest.mark.one_lane
+@with_dask
+def test_a_key_that_dask_does_not_take_is_named(project: Path, server: Server) -> None:
+    write_config(project, "task_runner: {type: dask, proceses: true}")
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    assert "Dask refuses a key of task_runner" in done.stderr
+    assert "'proceses'" in done.stderr
+
+
+@pytest.mark.one_lane
 @pytest.mark.skipif(bool(find_spec("distributed")), reason="here it is there")
 def test_what_has_to_be_installed_is_named(project: Path, server: Server) -> None:
     write_config(project, "task_runner: {type: dask}")
@@ -783,10 +793,12 @@ def test_hooks_of_all_processes_and_files_of_several_nodes_are_warned_of(
     nodes = (
         "node(one, 'numbers', 'book_one', name='one'),"
         "node(two, 'numbers', 'book_two', name='two'),"
-        "node(three, 'book_one', 'book_three', name='three')"
+        "node(three, 'book_one', 'book_three', name='three'),"
+        "node(two, 'numbers', 'shared', name='four'),"
     )
     write_pipeline(project, SAME_FILE, nodes)
     with (project / "conf/base/catalog.yml").open("a") as catalog:
+        catalog.write("\nshared: {type: MemoryDataset, copy_mode: assign}\n")
         for name in ("one", "two", "three"):
             catalog.write(f"\nbook_{name}: {{type: json.JSONDataset, filepath: data/book.json}}\n")
     write_config(project, "task_runner: {type: processes, max_workers: 2}")
@@ -799,6 +811,7 @@ def test_hooks_of_all_processes_and_files_of_several_nodes_are_warned_of(
         frozenset({"three", "two"}),
     }
     assert len(re.findall("Hooks of Recorder are called for the pipeline in this", output)) == 2
+    assert "shared has copy_mode assign" in output
 
     write_config(project, "")
     done = register(project, server, "--run")
