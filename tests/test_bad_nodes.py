@@ -123,12 +123,12 @@ def test_a_run_ends_as_with_kedro_run(tmp_path: Path, forks: Forks, name: str, m
         pytest.skip("threads share it")
     reference = write_bad_project(tmp_path / "reference")
     kedro = forks.run(*KEDRO_RUN, name, cwd=reference)
-    assert bool(ENDS[name]) == (kedro.returncode == 1), kedro.stdout + kedro.stderr
     project = write_bad_project(tmp_path / "project")
     code, output = run_in(mode, project, forks, name)
     if name == "closes_stderr" and not PREFECT_3:
         assert code == 1, "Prefect 2 itself writes there: a bare flow fails, too"
-        return
+        return  # and in the oldest lane, so does `kedro run`
+    assert bool(ENDS[name]) == (kedro.returncode == 1), kedro.stdout + kedro.stderr
     assert code == kedro.returncode, output
     files, expected = written_files(project), written_files(reference)
     if name == "untold_error" and DOCUMENTED:

@@ -489,7 +489,7 @@ def test_a_lost_dask_worker_fails_its_node_which_runs_again_as_retries_say(
             assert flow_run["state_type"] == "COMPLETED", flow_run["state"]
             assert ran(flaky) == sorted([*ALL, "flaky", "last"])
         else:
-            assert "worker that ran node 'flaky' is lost" in flow_run["state"]["message"]
+            assert "ran node 'flaky' is lost with its worker" in flow_run["state"]["message"]
             assert ran(flaky) == ALL
             assert resume(server, flaky, flow_run_id) == ["flaky", "last"]
 
