@@ -807,7 +807,7 @@ def test_a_full_disk_for_checkpoints_fails_the_run_which_goes_on_when_there_is_r
             assert not list(own.glob("large-*.pickle")), "it has half a file"
             return flow_run["state"]["message"]
 
-        assert f"cannot be pickled to {own}/params" in failure(server.finished(flow_run_id))
+        assert f"cannot be pickled to {own}/parameters" in failure(server.finished(flow_run_id))
         os.truncate(filler, filler.stat().st_size - 200_000)
         assert f"cannot be pickled to {own}/large" in failure(server.retry(flow_run_id))
         filler.unlink()
