@@ -2327,9 +2327,8 @@ def _run_pipeline(options: Options) -> dict[str, str]:
     get_run_logger().info("Initializing Kedro...")
     _keep_generator()
     _free_forks()
-    if cast(
-        "Any", FlowRunContext.get()
-    ).flow_run.deployment_id:  # not when another flow calls this one
+    # When another flow calls this one, the current folder is that flow's.
+    if cast("Any", FlowRunContext.get()).flow_run.deployment_id:
         os.chdir(PROJECT_PATH)
     with ExitStack() as loading:
         loading.enter_context(_loading)
