@@ -1962,12 +1962,17 @@ def _make_plugin(name: str, topic: str, script: str) -> Any:  # noqa: C901  # a 
             with suppress(Exception):  # Another worker may have been faster.
                 self._client.unregister_worker_plugin(name)
 
+        async def _has_begun(self, key: str) -> bool:
+            """Tell whether a job has begun on another worker, and note that it begins here."""
+            here = self._client.set_metadata([key, self._worker.address], value=True)
+            there = self._client.get_metadata([key], default={})
+            return bool({*(await asyncio.gather(there, here))[0]} - {self._worker.address})
+
         def run(self, job: dict[str, Any]) -> None:
             """Run a node in a child, and pass on its messages."""
             key, self._client = job["id"], distributed.get_client()
-            if self._client.get_metadata([key], default=False):
+            if self._client.sync(self._has_begun, key):
                 return  # Dask runs it again, because the worker that ran it is lost.
-            self._client.set_metadata([key], value=True)
             self._jobs.add(key)
 
             def send(*message: Any) -> None:
@@ -2014,8 +2019,7 @@ class _Dask:
     def __init__(self, script: str, arguments: dict[str, Any]) -> None:
         self._name = f"kedro-{uuid.uuid4().hex}"
         self._futures: dict[str, Any] = {}  # by id of the job; held as long as the flow lives
-        self._contexts: dict[str, contextvars.Context] = {}  # of the tasks, for their log records
-        self._ends: dict[str, tuple[str, bytes]] = {}
+        self._messages: dict[str, queue.SimpleQueue[Any]] = {}  # of nodes that run
         self._capacity, self._asked_at = 1, 0.0
         _import_optional("distributed", "distributed", "task_runner.type dask")
         with ExitStack() as stack:
@@ -2038,17 +2042,14 @@ class _Dask:
     def _hear(self, event: Any) -> None:
         _, message = event
         if isinstance(message, tuple):  # else it is Dask's own
-            job_id, kind, payload = message
-            if kind != "log":
-                self._ends[job_id] = kind, payload
-            elif context := self._contexts.get(job_id):
-                context.run(_log_record, payload)
+            job_id, *of_node = message
+            if messages := self._messages.get(job_id):
+                messages.put(of_node)
 
     def run(self, job: dict[str, Any], resources: Any) -> tuple[str, bytes]:
         """Run a node in a child of the worker that has room, and return how it ended."""
-        distributed: Any = importlib.import_module("distributed")
         name, job_id = self._name, job["id"]
-        self._contexts[job_id] = contextvars.copy_context()
+        messages = self._messages[job_id] = queue.SimpleQueue()
 
         def run_on_worker(job: dict[str, Any]) -> None:
             importlib.import_module("distributed").get_worker().plugins[name].run(job)
@@ -2056,17 +2057,23 @@ class _Dask:
         arguments = {"key": job_id, "pure": False, "resources": resources or None}
         self._futures[job_id] = future = self._client.submit(run_on_worker, job, **arguments)
         try:
-            while not future.done():  # in steps, so that a timeout of Prefect can interrupt it
-                with suppress(asyncio.TimeoutError, TimeoutError):
-                    distributed.wait(future, timeout=0.2)
-            if future.status != "finished":
-                future.result()  # raises what kept the node from being run
-            return self._ends.pop(job_id, ("lost", b"is lost with its worker"))
+            while True:
+                is_done = future.done()  # What the node has sent is there by then.
+                try:  # in steps, so that a timeout of Prefect can interrupt it
+                    kind, payload = messages.get(timeout=0 if is_done else 0.2)
+                except queue.Empty:
+                    if is_done:
+                        future.result()  # raises what kept the node from being run
+                        return "lost", b"is lost with its worker"
+                    continue
+                if kind != "log":
+                    return kind, payload
+                _log_record(payload)
         except BaseException:
             future.cancel()
             raise
         finally:
-            del self._contexts[job_id]
+            del self._messages[job_id]
 
     def stop(self) -> None:
         """Have those children killed that run nodes."""
@@ -2333,6 +2340,12 @@ def _run_pipeline(options: Options) -> dict[str, str]:
     with ExitStack() as loading:
         loading.enter_context(_loading)
         return _run_session(options, loading)
+
+
+# Kedro sets up logging again for each package. Where other flow runs of this process log meanwhile,
+# that can deadlock with Prefect's log handler: at import, none is running yet.
+if hasattr(kedro_project.LOGGING, "set_project_logging"):  # Kedro 0.18.10 does not.
+    kedro_project.LOGGING.set_project_logging(_flow_name())
 
 
 # Of the exception that ends a flow, Prefect stores class and message only where it writes JSON.
