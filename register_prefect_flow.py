@@ -44,7 +44,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from itertools import chain, combinations, filterfalse
 from multiprocessing.connection import Connection, Pipe
@@ -113,6 +113,7 @@ from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogHandler
@@ -185,8 +186,7 @@ def _load_catalog(context: Any, options: Options, run_id: str) -> Any:
     if names := _pipeline_names(options):
         context._pipelines_to_validate = names  # Kedro 1.7 checks the parameters of these.
     own = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
-    versions = options["load_versions"]
-    return context._get_catalog(save_version=run_id, load_versions=versions, **own)
+    return context._get_catalog(save_version=run_id, load_versions=options["load_versions"], **own)
 
 
 def _run_arguments(options: Options, run_id: str = "") -> Options:
@@ -195,8 +195,7 @@ def _run_arguments(options: Options, run_id: str = "") -> Options:
     accepted = {*parameters}
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         accepted |= {*inspect.signature(KedroSession.run).parameters}
-    names = (*FILTERS, "load_versions", "only_missing_outputs")
-    arguments = {name: options[name] for name in names}
+    arguments = {n: options[n] for n in (*FILTERS, "load_versions", "only_missing_outputs")}
     arguments |= {"tags": tuple(options["tags"]), "node_names": tuple(options["node_names"])}
     arguments["pipeline_names"] = _pipeline_names(options)
     if not issubclass(_session_class(), KedroSession):
@@ -316,18 +315,18 @@ def _forget_events(topic: str, dask_scheduler: Any) -> None:
 
 def _default_workers(otherwise: int = 1) -> int:
     """Return how many tasks run at once by Prefect's setting, which Prefect 2 lacks."""
-    name = "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS"
-    setting: Any = getattr(prefect.settings, name, None)
+    setting: Any = getattr(prefect.settings, "PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS", None)
     return (setting and setting.value()) or otherwise
 
+
+# Agents gave way to workers in Prefect 2.16.4.
+_POOL_TYPE = "process" if _version(prefect.__version__) >= (2, 16, 4) else "prefect-agent"
 
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.client.schemas.objects import TaskRunResult
     from prefect.task_engine import run_task
     from prefect.task_runners import ThreadPoolTaskRunner
-
-    _AGENT_POOL_TYPE, _SUGGESTED_POOL_TYPE = "", "process"
 
     @contextmanager
     def _task_submitter(max_workers: int) -> Iterator[Callable[..., None]]:
@@ -363,9 +362,6 @@ if _PREFECT_3:
             return await client.create_deployment(flow_id, name, **fields)
 
 else:
-    _AGENT_POOL_TYPE = "prefect-agent"  # Agents gave way to workers in Prefect 2.16.4.
-    _IS_LATE = _version(prefect.__version__) >= (2, 16, 4)
-    _SUGGESTED_POOL_TYPE = "process" if _IS_LATE else _AGENT_POOL_TYPE
 
     @contextmanager
     def _task_submitter(max_workers: int) -> Iterator[Callable[..., None]]:
@@ -385,12 +381,8 @@ else:
         kept |= {"schedules"} if "schedules" in accepted else {"schedule", "is_schedule_active"}
         existing: Any = {each: getattr(old, each) for each in kept if hasattr(old, each)}
         if "schedules" in existing:  # Prefect 2.16 brought several.
-            from prefect.client.schemas.actions import DeploymentScheduleCreate as Schedule
-
-            schedules = existing["schedules"]
-            existing["schedules"] = [
-                Schedule(schedule=s.schedule, active=s.active) for s in schedules
-            ]
+            names = {"schedule", "active"}
+            existing["schedules"] = [each.dict(include=names) for each in old.schedules]
         fields = existing | fields | {"parameter_openapi_schema": parameter_schema(new).dict()}
         if agent:  # For an agent, job variables hold in infrastructure blocks only.
             from prefect.infrastructure import Process
@@ -433,10 +425,8 @@ def _import_optional(module: str, package: str, feature: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        problem = (
-            f"prefect.yml: {feature} needs {package}, which is not installed where the flow runs"
-        )
-        raise ClickException(f'{problem}: pip install "{package}"') from error
+        problem = f"prefect.yml: {feature} needs {package}, which is not installed"
+        raise ClickException(f'{problem}: pip install "{package}" where the flow runs') from error
 
 
 @contextmanager
@@ -447,14 +437,13 @@ def _project_errors(doing: str) -> Iterator[None]:
     except ClickException:
         raise
     except Exception as error:
-        place = ""
+        line = ""
         for frame in traceback.extract_tb(error.__traceback__):
             path = Path(frame.filename)
             is_other = path == THIS_FILE or path.is_relative_to(sys.prefix)  # a venv in the project
             if path.is_relative_to(PROJECT_PATH) and not is_other:
-                place = f"\n  at {path}, line {frame.lineno}"
-        message = f"{doing} failed.\n  {type(error).__name__}: {error}{place}"
-        raise ClickException(message) from error
+                line = f"\n  at {path}, line {frame.lineno}"
+        raise ClickException(f"{doing} failed.\n  {type(error).__name__}: {error}{line}") from error
 
 
 @contextmanager
@@ -514,11 +503,6 @@ def _storable(error: BaseException) -> Exception:
         text = f"{text[:TEXT_SHOWN]}... (cut: {len(text)} characters)"
     stand_in = _stand_in(type(error).__module__, type(error).__name__, text)
     return stand_in.with_traceback(error.__traceback__)
-
-
-def _is_of_prefect(what: Any) -> bool:
-    """Tell whether a class or function is Prefect's."""
-    return str(getattr(what, "__module__", "")).partition(".")[0] == "prefect"
 
 
 # ---- Project: environment, pipeline, catalog ----
@@ -640,36 +624,25 @@ def _is_parameter(name: str) -> bool:
     return name == "parameters" or name.startswith("params:")
 
 
-def _without_transcoding(dataset_name: str) -> str:
-    """Return a dataset's name without the transcoding."""
-    return dataset_name.partition("@")[0]
-
-
-def _load_pipeline(options: Options) -> Pipeline:
-    """Return the nodes that a run asks for; refuse what cannot be right."""
+def _load_project(session: Any, options: Options, only: list[str]) -> tuple[Any, Pipeline]:
+    """Load context and nodes of a run, in Kedro's order, of these pipelines only, or of all."""
+    _request_pipelines(only)
+    with _project_errors(f"Loading environment '{_environment(options)}'"):
+        context = _with_params(session.load_context, options)
     names = _pipeline_names(options) or ["__default__"]
     with _project_errors("Loading the pipelines (pipeline_registry.py)"):
         found: list[Any] = [pipelines.get(name) for name in names]
         for name, pipeline in zip(names, found, strict=True):
             if pipeline is None:
-                _request_pipelines([])
                 raise _unknown(f"There is no pipeline '{name}'.", name, pipelines, "pipelines")
             if not pipeline.nodes:
                 raise ClickException(f"Pipeline '{name}' is empty: it has no node to run.")
     try:
-        return _filter_pipeline(sum(found, Pipeline([])), options)
+        return context, _filter_pipeline(sum(found, Pipeline([])), options)
     except ValueError as error:
         chosen = [f"{name} {','.join(options[name])}" for name in FILTERS if options[name]]
         problem = f"Filtering pipeline '{options['pipeline_name']}' by {', '.join(chosen)}"
         raise ClickException(f"{problem}: {error}") from error
-
-
-def _load_project(session: Any, options: Options, only: list[str]) -> tuple[Any, Pipeline]:
-    """Load context and pipeline, in Kedro's order; let Kedro load only these pipelines, or all."""
-    _request_pipelines(only)
-    with _project_errors(f"Loading environment '{_environment(options)}'"):
-        context = _with_params(session.load_context, options)
-    return context, _load_pipeline(options)
 
 
 class _CheckedProject(NamedTuple):
@@ -692,8 +665,7 @@ def _note_missing(pipeline: Pipeline, catalog: Any) -> list[str]:
         hooks = (getattr(hook, "before_pipeline_run", None) for hook in settings.HOOKS)
         if not any(hook and "catalog" in inspect.signature(hook).parameters for hook in hooks):
             remedy = f" Add it to the catalog in {settings.CONF_SOURCE}, or run what makes it."
-            entries = filterfalse(_is_parameter, names)
-            raise _unknown(problem, inputs[0], entries, "entries", remedy)
+            raise _unknown(problem, inputs[0], filterfalse(_is_parameter, names), "entries", remedy)
         notes.append(f"{problem} A hook has to (before_pipeline_run), or each run fails.")
     for name in filter(_is_parameter, missing):
         close = difflib.get_close_matches(name, filter(_is_parameter, names), n=1)
@@ -708,9 +680,8 @@ def _check_project(options: Options) -> _CheckedProject:
     _run_arguments(options)  # It refuses what this Kedro does not take.
     context, pipeline = _load_project(_open_session(options), options, [])
     names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
-    doing = f"Loading catalog and parameters of environment '{_environment(options)}'"
     try:
-        with _project_errors(doing):
+        with _project_errors(f"Loading catalog and parameters of '{_environment(options)}'"):
             catalog = _load_catalog(context, options, kedro_io.core.generate_timestamp())
             datasets = {name: _get_dataset(catalog, name) for name in names}
         return _CheckedProject(pipeline, datasets, _note_missing(pipeline, catalog))
@@ -950,8 +921,7 @@ def _find_checkpoints(config: _Config, options: Options) -> tuple[str, str]:
         if key := _remote_key(config.task_runner):
             problem = f"prefect.yml: with task_runner.{key}, nodes hand data on between machines"
             raise ClickException(f"{problem}: checkpoints: <a URL or folder that all reach>")
-        storage = prefect.settings.PREFECT_LOCAL_STORAGE_PATH.value()
-        url = str(storage / "kedro-checkpoints")
+        url = str(prefect.settings.PREFECT_LOCAL_STORAGE_PATH.value() / "kedro-checkpoints")
     if url:
         _import_optional("kedro_datasets.pickle", "kedro-datasets[pickle]", "checkpoints")
         url = url if "://" in url else str(PROJECT_PATH / url)
@@ -966,21 +936,15 @@ def _find_checkpoints(config: _Config, options: Options) -> tuple[str, str]:
 
 
 @dataclass
-class _NodeRecord:
-    """What the state of a node's task run does not tell."""
+class _RunningPipeline:
+    """What tasks look up, and what the states of their runs do not tell."""
 
-    attempts: int = 0
-    error: BaseException | None = None  # of the last attempt
-
-
-class _RunningPipeline(NamedTuple):
-    """What tasks look up."""
-
-    nodes: dict[str, Node]  # by name, as the records
-    records: dict[str, _NodeRecord]
+    nodes: dict[str, Node]  # by name, as what follows
     catalog: Any
-    executor: "_InProcess | _InChildren"
+    executor: Any  # _InProcess or _InChildren, which is defined below
     has_previews: bool = False
+    attempts: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, BaseException] = field(default_factory=dict)  # of the last attempts
 
 
 _running: dict[str, _RunningPipeline] = {}  # by the id that tasks are given
@@ -1061,24 +1025,26 @@ def _location(name: str, dataset: Any | None) -> str:
 def kedro_task(node_name: str, pipeline_run_id: str) -> None:
     """Run one node of a pipeline as Kedro does: load, run, save, with its hooks."""
     running = _running[pipeline_run_id]
-    node, record = running.nodes[node_name], running.records[node_name]
-    record.attempts, record.error = record.attempts + 1, None
+    node = running.nodes[node_name]
+    running.attempts[node_name] += 1
+    running.errors.pop(node_name, None)
     try:
-        if record.attempts > 1:
+        if running.attempts[node_name] > 1:
             _remove_versions(node, running.catalog)
-        running.executor.run(node, record.attempts)
+        running.executor.run(node, running.attempts[node_name])
     except KeyboardInterrupt as error:
-        record.error = error
+        running.errors[node_name] = error
         raise
     except SystemExit as error:  # It is a failure of this node, and the end of nothing else.
-        record.error = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(error)})")
-        raise record.error from error
+        failure = RuntimeError(f"Node '{node_name}' called sys.exit({_text_of(error)})")
+        running.errors[node_name] = failure
+        raise failure from error
     except BaseException as error:
-        if _is_of_prefect(type(error)) and not isinstance(error, Exception):
+        if type(error).__module__.startswith("prefect.") and not isinstance(error, Exception):
             raise  # Prefect stops the task: a timeout, or a flow run that is suspended.
         storable = _storable(error)
         # What is no Exception fails the run as it is: Kedro tells no hook of it.
-        record.error = storable if isinstance(error, Exception) else error
+        running.errors[node_name] = storable if isinstance(error, Exception) else error
         if storable is error:
             raise
         raise storable from None
@@ -1249,8 +1215,7 @@ class PrefectRunner(SequentialRunner):
         setup = self._setup
         setup.loading.close()  # The project is loaded: other flow runs may load theirs.
         # Keys come first: a child, too, makes them before there are checkpoints.
-        options = setup.options_digest
-        keys = {node: _make_key(node, catalog, options, run_id) for node in pipeline.nodes}
+        keys = {n: _make_key(n, catalog, setup.options_digest, run_id) for n in pipeline.nodes}
         if setup.checkpoints:
             # What is returned is in memory, unless a child has to hand it on.
             in_memory = () if setup.open_executor else pipeline.outputs()
@@ -1260,15 +1225,13 @@ class PrefectRunner(SequentialRunner):
             get_run_logger().info("Resuming session %s", run_id)
             completed = _find_completed(pipeline, catalog, keys, setup.earlier)
         left = Pipeline([node for node in pipeline.nodes if node not in completed])
-        executor_context: Any
+        needs = pipeline.node_dependencies
+        earlier = {n: [completed[m] for m in needs[n] & completed.keys()] for n in left.nodes}
+        here = _InProcess(catalog, hook_manager, self._is_async, run_id, bool(setup.earlier))
+        executor_context: Any = nullcontext(here)
         if setup.open_executor:
             executor_context = setup.open_executor(left, catalog, hook_manager, keys)
-        else:
-            here = _InProcess(
-                catalog, hook_manager, self._is_async, run_id, pins_versions=bool(setup.earlier)
-            )
-            executor_context = nullcontext(here)
-        self._run_tasks(left, catalog, executor_context, keys, completed)
+        self._run_tasks(left, catalog, executor_context, keys, earlier)
         for name in sorted(pipeline.outputs()):
             dataset = _get_dataset(catalog, name)
             self.outcome.outputs[name] = _location(name, dataset)
@@ -1283,9 +1246,9 @@ class PrefectRunner(SequentialRunner):
         catalog: Any,
         executor_context: Any,
         keys: dict[Node, _NodeKey],
-        completed: dict[Node, Any],
+        earlier: dict[Node, list[Any]],
     ) -> None:
-        """Make the tasks, and run them in the order of their needs."""
+        """Make the tasks, and run them in the order of their needs; earlier states have edges."""
         pipeline_run_id, flow_run_id = uuid.uuid4().hex, str(runtime.flow_run.id)
         layers = init_kedro_tasks_by_execution_layer(pipeline, pipeline_run_id, self._task_options)
         tasks = dict(chain.from_iterable(layer.items() for layer in layers))
@@ -1293,25 +1256,17 @@ class PrefectRunner(SequentialRunner):
             # Prefect keeps it with the task run: there a retried flow run finds what was done.
             node_task.task_key = str(keys[node])
         nodes = {node.name: node for node in pipeline.nodes}
-        records = {name: _NodeRecord() for name in nodes}
-        # Task runs of earlier attempts, by the name of what they have made, for Prefect's edges.
-        makers = {
-            _without_transcoding(n): run for node, run in completed.items() for n in node.outputs
-        }
         in_children, workers = bool(self._setup.open_executor), self._max_workers
         # In children as many nodes run as there is room for, which may grow: each gets a thread.
         threads = workers or (max(len(nodes), 1) if in_children else _default_workers())
         with _task_submitter(threads) as submit, executor_context as executor:
-            limit = executor.capacity if in_children and not workers else lambda: threads
+            limit = executor.engine.capacity if in_children and not workers else lambda: threads
             self._warn(pipeline, catalog, limit())
-            previews = self._setup.has_previews
-            running = _RunningPipeline(nodes, records, catalog, executor, previews)
+            running = _RunningPipeline(nodes, catalog, executor, self._setup.has_previews)
 
             def start(node: Node, upstream: list[Any], report: Callable[[Any], None]) -> None:
-                read = makers.keys() & map(_without_transcoding, node.inputs)
-                earlier = {makers[name].id: makers[name].state for name in read}
                 _started[flow_run_id] += 1
-                submit(tasks[node], [*upstream, *earlier.values()], report)
+                submit(tasks[node], [*upstream, *earlier[node]], report)
 
             _running[pipeline_run_id] = running
             try:
@@ -1336,7 +1291,7 @@ class PrefectRunner(SequentialRunner):
         done_nodes: list[Node] = []
         failed: list[tuple[Node, Any]] = []
         for node, state in schedule:
-            error = running.records[node.name].error
+            error = running.errors.get(node.name)
             if isinstance(error, KeyboardInterrupt):
                 raise error
             if not state.is_completed():
@@ -1352,12 +1307,9 @@ class PrefectRunner(SequentialRunner):
         if failed:
             self._suggest_resume_scenario(pipeline, done_nodes, running.catalog)
             node, state = failed[0]  # It ended first, so it is no node that waited for another.
-            failure = running.records[node.name].error
-            if failure is None:
-                problem = f"The task run of node '{node.name}' ended as {state.name}"
-                failure = RuntimeError(f"{problem}: {state.message}")
-            self.outcome.failure = failure
-            raise failure
+            problem = f"The task run of node '{node.name}' ended as {state.name}: {state.message}"
+            self.outcome.failure = running.errors.get(node.name, RuntimeError(problem))
+            raise self.outcome.failure
 
 
 # ---- Resuming: a flow run that is retried goes on where it failed ----
@@ -1365,11 +1317,8 @@ class PrefectRunner(SequentialRunner):
 
 async def _read_task_runs(flow_run_id: Any, expected: int, patience: float) -> list[Any]:
     """Return the task runs of a flow run when so many have ended, or nothing changes for a time."""
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
     this_run = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(str(flow_run_id))]))
-    loop = asyncio.get_running_loop()
-    ended, changed = -1, loop.time()
+    ended, changed = -1, time.monotonic()
     async with get_client() as client:
         while True:
             task_runs: dict[Any, Any] = {}  # by id: pages overlap while task runs are added
@@ -1380,8 +1329,8 @@ async def _read_task_runs(flow_run_id: Any, expected: int, patience: float) -> l
             before, states = ended, [each.state for each in task_runs.values()]
             ended = sum(state.is_final() or state.name == "NotReady" for state in states)
             if ended != before:
-                changed = loop.time()
-            if ended >= expected or loop.time() - changed > patience:
+                changed = time.monotonic()
+            if ended >= expected or time.monotonic() - changed > patience:
                 return list(task_runs.values())
             await asyncio.sleep(0.2)
 
@@ -1392,8 +1341,7 @@ def _find_earlier(options_digest: str) -> tuple[str, dict[str, Any]]:
     if flow_run.start_time == flow_run.state.timestamp:
         return "", {}  # It runs for the first time; one that was suspended has been running before.
     # Of the task runs that this process has started, kedro_init goes on.
-    expected = _started[str(flow_run.id)] - 1
-    found = _call_api(_read_task_runs(flow_run.id, expected, patience=10))
+    found = _call_api(_read_task_runs(flow_run.id, _started[str(flow_run.id)] - 1, patience=10))
     # By attempt first, because clocks can be set back.
     found.sort(key=lambda run: (run.flow_run_run_count, run.expected_start_time or run.created))
     attempts = [(key, each) for each in found if (key := _NodeKey.parse(each.task_key))]
@@ -1428,9 +1376,8 @@ def _find_what_runs_again(
     to_visit = list(again)
     while to_visit:
         node = to_visit.pop()
-        inputs = set(map(_without_transcoding, node.inputs))
         for maker in needs[node] - again.keys():
-            used = [name for name in maker.outputs if _without_transcoding(name) in inputs]
+            used = [name for name in maker.outputs if name in node.inputs]
             if lost := ", ".join(name for name in used if _is_in_memory(datasets[name])):
                 again[maker] = f"{lost} was only in memory"
                 to_visit.append(maker)
@@ -1440,7 +1387,7 @@ def _find_what_runs_again(
 def _find_completed(
     pipeline: Pipeline, catalog: Any, keys: dict[Node, _NodeKey], earlier: dict[str, Any]
 ) -> dict[Node, Any]:
-    """Return what earlier attempts of this flow run have completed, each with its task run."""
+    """Return what earlier attempts of this flow run have completed, each with its state."""
     logger = get_run_logger()
     again = _find_what_runs_again(pipeline, catalog, keys, earlier)
     for node in again:
@@ -1453,13 +1400,13 @@ def _find_completed(
     logger.info("%d of %d nodes had completed", completed, len(pipeline.nodes))
     for node in list(again)[:NAMES_SHOWN]:
         logger.info("Runs again: %s (%s)", node.name, again[node])
-    return {node: earlier[node.name] for node in pipeline.nodes if node not in again}
+    return {node: earlier[node.name].state for node in pipeline.nodes if node not in again}
 
 
 # ---- Pictures and artifacts: what Prefect's UI shows of a pipeline and of its datasets ----
 
 # In a description of ours, and invisible there: one without this line is somebody's own.
-_MARKER = "[register_prefect_flow.py]: #"
+_MARKER = "[register_prefect_flow.py]: # (to keep what you write here, remove this line)"
 _ROW = 36  # pixels from one node to the next below it, in a picture of a pipeline
 
 
@@ -1470,64 +1417,44 @@ def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
 
 
-class _Box(NamedTuple):
-    """Where a node is in a picture, in pixels."""
-
-    left: float
-    right: float
-    middle: float
-
-
 def _label(node: Node) -> str:
     """Return what fits into the box of a node."""
     return node.name if len(node.name) <= NAME_DRAWN else f"{node.name[:NAME_DRAWN]}..."
 
 
-def _place_boxes(pipeline: Pipeline) -> dict[Node, _Box]:
-    """Place layers from left to right, each node near the height of those that it needs."""
-    layers, needed, left = pipeline.grouped_nodes, pipeline.node_dependencies, 4
-    rows = max(map(len, layers), default=0)
-    boxes: dict[Node, _Box] = {}
-    for layer in layers:
-        heights = {node: [boxes[other].middle for other in needed[node]] for node in layer}
-        means = {node: sum(heights[node]) / max(len(heights[node]), 1) for node in layer}
-        right = left + 7 * max(len(_label(node)) for node in layer) + 16
-        top = _ROW * (rows - len(layer)) / 2
-        for row, node in enumerate(sorted(layer, key=means.__getitem__)):
-            boxes[node] = _Box(left, right, top + _ROW * (row + 0.5))
-        left = right + 24
-    return boxes
-
-
-def _draw(pipeline: Pipeline) -> str:
-    """Draw a pipeline as SVG: a box for each node, with its whole name under the pointer."""
-    boxes, drawn, lines = _place_boxes(pipeline), [], []
-    for node, (left, right, y) in boxes.items():
-        drawn.append(
-            f'<g><title>{html.escape(node.name)}</title><rect x="{left}" y="{y - 14:g}"'
-            f' width="{right - left}" height="28" rx="5" fill="#334155"/>'
-            f'<text x="{(left + right) / 2:g}" y="{y + 4.5:g}">'
-            f"{html.escape(_label(node))}</text></g>"
-        )
-        for _, x, middle in (boxes[other] for other in pipeline.node_dependencies[node]):
-            bend = f"{x + 14} {middle:g} {left - 14} {y:g}"
-            lines.append(f"M {x} {middle:g} C {bend} {left} {y:g}")
-    width = max((box.right for box in boxes.values()), default=0) + 4
-    height = _ROW * max(map(len, pipeline.grouped_nodes), default=0)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
-        f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13"'
-        f' text-anchor="middle"><path d="{" ".join(lines)}" fill="none" stroke="#94a3b8"'
-        f' stroke-width="1.5"/><g fill="#fff">{"".join(drawn)}</g></svg>'
-    )
-
-
 def _picture(pipeline: Pipeline) -> str:
-    """Return the drawing in Markdown."""
+    """Draw a pipeline in Markdown: layers from left to right, nodes near those that they need."""
     if len(pipeline.nodes) > NODES_DRAWN:
         return f"{len(pipeline.nodes)} nodes, which are too many to draw."
-    drawn = base64.b64encode(_draw(pipeline).encode()).decode()
-    return f"![the pipeline](data:image/svg+xml;base64,{drawn})"
+    layers, needed = pipeline.grouped_nodes, pipeline.node_dependencies
+    height, left = _ROW * max(map(len, layers)), 4
+    ends: dict[Node, tuple[int, float]] = {}  # the right end of each box, where lines start
+    boxes, lines = [], []
+    for layer in layers:
+        heights = {node: [ends[other][1] for other in needed[node]] or [0] for node in layer}
+        means = {node: sum(heights[node]) / len(heights[node]) for node in layer}
+        width = 7 * max(len(_label(node)) for node in layer) + 16
+        top = (height - _ROW * len(layer)) / 2
+        for row, node in enumerate(sorted(layer, key=means.__getitem__)):
+            y = top + _ROW * (row + 0.5)
+            boxes.append(  # with the whole name under the pointer
+                f'<g><title>{html.escape(node.name)}</title><rect x="{left}" y="{y - 14:g}"'
+                f' width="{width}" height="28" rx="5" fill="#334155"/>'
+                f'<text x="{left + width / 2:g}" y="{y + 4.5:g}">'
+                f"{html.escape(_label(node))}</text></g>"
+            )
+            for x, middle in (ends[other] for other in needed[node]):
+                bend = f"{x + 14} {middle:g} {left - 14} {y:g}"
+                lines.append(f"M {x} {middle:g} C {bend} {left} {y:g}")
+            ends[node] = left + width, y
+        left += width + 24
+    drawn = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left - 20}" height="{height}"'
+        f' viewBox="0 0 {left - 20} {height}" font-family="sans-serif" font-size="13"'
+        f' text-anchor="middle"><path d="{" ".join(lines)}" fill="none" stroke="#94a3b8"'
+        f' stroke-width="1.5"/><g fill="#fff">{"".join(boxes)}</g></svg>'
+    )
+    return f"![the pipeline](data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()})"
 
 
 def _without_secrets(options: Options) -> Options:
@@ -1544,11 +1471,9 @@ def _without_password(text: str) -> str:
 
 def _describe_deployment(pipeline: Pipeline, options: Options) -> str:
     """Describe what a deployment runs in Markdown."""
-    lines = [
-        f"- {name}: {_escape_markdown(text)}" for name, text in _without_secrets(options).items()
-    ]
-    marker = f"{_MARKER} (to keep what you write here, remove this line)"
-    return "\n".join([*lines, f"\n{_picture(pipeline)}", f"\n{marker}"])
+    shown = _without_secrets(options)
+    lines = [f"- {name}: {_escape_markdown(text)}" for name, text in shown.items()]
+    return "\n".join([*lines, f"\n{_picture(pipeline)}", f"\n{_MARKER}"])
 
 
 def _artifact_key(name: str) -> str:
@@ -1562,16 +1487,14 @@ def _artifact_key(name: str) -> str:
 def _render(name: str, dataset: Any, arguments: dict[str, Any]) -> str:
     """Return a dataset's own preview as Markdown, under its name."""
     preview = _preview_method(dataset)
-    kind = str(inspect.signature(preview).return_annotation)
     content: Any = preview(**arguments)
-    if "ImagePreview" in kind:
+    if "ImagePreview" in str(inspect.signature(preview).return_annotation):
         shown = f"![preview](data:image/png;base64,{content})"
     elif isinstance(content, dict) and {"columns", "data"} <= content.keys():
-        head, *rows = (
-            [_escape_markdown(str(cell)) for cell in row]
-            for row in (content["columns"], *content["data"])
-        )
-        shown = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---" for _ in head], *rows))
+        lines = [content["columns"], *content["data"]]
+        rows = [" | ".join(_escape_markdown(str(cell)) for cell in line) for line in lines]
+        rows.insert(1, " | ".join("---" for _ in content["columns"]))
+        shown = "\n".join(f"| {row} |" for row in rows)
     else:
         with suppress(TypeError, ValueError):  # It is a text that is JSON, or else shown as it is.
             content = json.loads(content)
@@ -1593,8 +1516,7 @@ def _show_previews(node: Node, catalog: Any) -> None:
                 text = _render(name, dataset, wanted.get("preview_args") or {})
                 _call_api(_create_artifact(text, _artifact_key(name)), SERVER_TIMEOUT)
         except Exception as error:
-            logger = logging.getLogger("kedro")
-            logger.warning("No preview of '%s' in Prefect: %r", name, error)
+            logging.getLogger("kedro").warning("No preview of '%s' in Prefect: %r", name, error)
 
 
 async def _create_artifact(text: str, key: str) -> None:
@@ -1613,7 +1535,6 @@ async def _create_artifact(text: str, key: str) -> None:
 # runs a job, says how many it can run at once, stops, and closes.
 
 _PARAMETERS = "parameters"  # the name of the checkpoint that hands on their values
-_IN_CHILD = "child"  # the id of the pipeline that a child runs
 _CHILD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("register_prefect_flow", sys.argv[1])
@@ -1623,8 +1544,7 @@ module._be_child(int(sys.argv[2]))
 """
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """What a child is told of a flow run, and of the node to run."""
 
     options: Options
@@ -1646,7 +1566,7 @@ def _versions(metadata: ProjectMetadata) -> dict[str, str]:
     package = Path(metadata.source_dir) / metadata.package_name
     files = [THIS_FILE, *(path for path in package.rglob("*.py") if path.is_file())]
     code = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    python = ".".join(platform.python_version_tuple()[:2])
+    python = platform.python_version().rpartition(".")[0]
     return {"Kedro": kedro.__version__, "Python": python, **code}
 
 
@@ -1674,30 +1594,29 @@ def _open_run(job: _Job, metadata: ProjectMetadata) -> dict[str, _NodeKey]:
     if _PARAMETERS in job.handed_on:
         for name, value in checkpoints.make(_PARAMETERS).load().items():
             _set_dataset(catalog, name, _MemoryDataset(value))
-    nodes = {node.name: node for node in pipeline.nodes}
-    key = functools.partial(_make_key, catalog=catalog, options_digest=job.options_digest)
-    keys = {name: key(node, run_id=job.run_id) for name, node in nodes.items()}
+    run_id, digest = job.run_id, job.options_digest
+    keys = {node.name: _make_key(node, catalog, digest, run_id) for node in pipeline.nodes}
     checkpoints.add_to(catalog, pipeline, kept=(), cache=False)
     for name in {*job.handed_on} - {_PARAMETERS}:
         _set_dataset(catalog, name, checkpoints.make(name))
     hooks = _hook_manager(session)
-    executor = _InProcess(catalog, hooks, job.is_async, job.run_id, pins_versions=True)
-    records = {name: _NodeRecord() for name in nodes}
-    _running[_IN_CHILD] = _RunningPipeline(nodes, records, catalog, executor)
+    executor = _InProcess(catalog, hooks, job.is_async, run_id, pins_versions=True)
+    nodes = {node.name: node for node in pipeline.nodes}
+    _running[run_id] = _RunningPipeline(nodes, catalog, executor)
     return keys
 
 
 def _run_job(job: _Job, keys: dict[str, _NodeKey]) -> None:
     """Run a node in a child, if it is the same node there as in the flow."""
-    running = _running[_IN_CHILD]
+    running = _running[job.run_id]
     node = running.nodes[job.node_name]
     if str(keys[node.name]) != job.key:
         problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
         remedy = "Does a resolver give another value each time? Put the value into a parameter."
         raise RuntimeError(f"{problem}. {remedy}")
-    running.records[node.name].attempts = job.attempt - 1
+    running.attempts[node.name] = job.attempt - 1
     try:
-        kedro_task(node.name, _IN_CHILD)
+        kedro_task(node.name, job.run_id)
     finally:
         for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
             running.catalog.release(name)
@@ -1714,10 +1633,9 @@ def _pack_error(error: BaseException, with_object: bool) -> bytes:
 
 def _unpack_error(payload: bytes) -> BaseException:
     pickled, description, trace = pickle.loads(payload)
-    error: Any = None
+    error: Any = _stand_in(*description)
     with suppress(Exception):  # Its class may need other arguments than it keeps.
         error = pickle.loads(pickled)
-    error = error if isinstance(error, BaseException) else _stand_in(*description)
     error.__cause__ = RuntimeError(f"in another process\n{trace}")
     return cast("BaseException", error)
 
@@ -1771,10 +1689,9 @@ def _be_child(connection_number: int) -> None:
                 _send_logs(send)
                 keys = _open_run(job, metadata)
             _run_job(job, keys)
-            message = ("completed", b"")
+            send("completed")
         except BaseException as error:  # What opening raises may refer to credentials.
-            message = ("failed", _pack_error(error, with_object=bool(keys)))
-        send(*message)
+            send("failed", _pack_error(error, with_object=bool(keys)))
 
 
 def _kill_group(leader: int) -> None:
@@ -1811,20 +1728,24 @@ class _Child:
 
     def send(self, job: dict[str, Any] | None) -> None:
         """Give the child a node to run; without one, it ends when its threads have ended."""
-        with suppress(OSError):  # It has died, as receiving will tell.
+        with suppress(OSError):  # It has died, as listening will tell.
             self._connection.send(job)
 
     def receive(self) -> tuple[str, bytes]:
         """Wait for a message, in steps, so that a timeout of Prefect can interrupt it."""
-        while not self._connection.poll(0.2):
-            if not self.is_alive() and not self._connection.poll():
-                return ("ended", b"")  # though something that it has started holds its connection
-        try:
+        with suppress(EOFError, OSError):
+            while not self._connection.poll(0.2):
+                # What it has started may hold its connection longer than it lives.
+                if not self.is_alive() and not self._connection.poll():
+                    return "ended", b""
             return cast("tuple[str, bytes]", self._connection.recv())
-        except (EOFError, OSError):
-            return ("ended", b"")
-        except Exception as error:
-            return ("ended", f", for what it sent cannot be read: {error!r}".encode())
+        return "ended", b""
+
+    def listen(self, hear: Callable[[bytes], None] = _log_record) -> tuple[str, bytes]:
+        """Let its log records be heard, and return how its node, or it itself, has ended."""
+        while (message := self.receive())[0] == "log":
+            hear(message[1])
+        return message
 
     def is_alive(self) -> bool:
         """Tell whether it runs."""
@@ -1841,11 +1762,9 @@ class _Child:
     def wait(self) -> None:
         """Wait until it has ended, and log what it says meanwhile."""
         problem = "The process that ran node '%s' goes on, and is waited for: a thread?"
-        logger = logging.getLogger("kedro")
-        warning = threading.Timer(10, logger.warning, (problem, self.node_name))
+        warning = threading.Timer(10, logging.getLogger("kedro").warning, [problem, self.node_name])
         warning.start()
-        while (message := self.receive())[0] == "log":
-            _log_record(message[1])
+        self.listen()
         while self.is_alive():
             time.sleep(0.02)
         warning.cancel()
@@ -1865,35 +1784,26 @@ class _ChildPool:
         return os.cpu_count() or 1
 
     def run(
-        self,
-        job: dict[str, Any],
-        _resources: Any = None,  # which are for Dask
-        hear: Callable[[bytes], None] = _log_record,
+        self, job: dict[str, Any], _resources: Any = None, hear: Callable[..., None] = _log_record
     ) -> tuple[str, bytes]:
         """Run a node in a child, let its log records be heard, and return how it ended."""
         if not Path(self._script).exists():
             problem = "the project has to be at the same path there, with this file"
             raise FileNotFoundError(f"{platform.node()} has no {self._script}: {problem}.")
-        child, kind = self._take(job), ""
+        child, kind = self._take(job), "ended"
         try:
             child.send(job)
-            while True:
-                kind, payload = child.receive()
-                if kind == "ended" and self._is_stopped:
-                    return "stopped", b"has been stopped with the run"
-                if kind == "ended":
-                    code = child.kill()
-                    by = " (killed, perhaps for lack of memory)" if code == -signal.SIGKILL else ""
-                    return "died", f"died with exit code {code}{by}".encode() + payload
-                if kind != "log":
-                    return kind, payload
-                hear(payload)
+            kind, payload = child.listen(hear)
         finally:
             del self._busy[job["id"]]
-            if kind in ("completed", "failed"):
-                self._idle.append(child)
+            if kind == "ended":
+                code = child.kill()
             else:
-                child.kill()
+                self._idle.append(child)
+        if kind != "ended":
+            return kind, payload
+        by = " (killed, with its run or for lack of memory)" if code == -signal.SIGKILL else ""
+        return "died", f"died with exit code {code}{by}".encode()
 
     def _take(self, job: dict[str, Any]) -> Any:
         """Make an idle child, or a new one, a busy one."""
@@ -1935,9 +1845,8 @@ class _ChildPool:
             raise
 
 
-def _make_plugin(name: str, topic: str, script: str) -> Any:  # noqa: C901  # a class by value
+def _make_plugin(distributed: Any, name: str, topic: str, script: str) -> Any:
     """Make what keeps the children of a flow run on each Dask worker; it is sent by value."""
-    distributed: Any = importlib.import_module("distributed")
     if __name__ != "__main__":
         importlib.import_module("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
@@ -1953,10 +1862,9 @@ def _make_plugin(name: str, topic: str, script: str) -> Any:  # noqa: C901  # a 
         def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
             """Kill the child of a node that the flow has cancelled; end all if it is gone."""
             if key in self._jobs and finish == "released":
-                if start == "executing":
-                    threading.Thread(target=self._children.kill, args=(key,)).start()
-                else:  # The flow holds what has completed as long as it lives.
-                    threading.Thread(target=self._leave).start()
+                # The flow holds what has completed as long as it lives.
+                kill = functools.partial(self._children.kill, key)
+                threading.Thread(target=kill if start == "executing" else self._leave).start()
 
         def _leave(self) -> None:
             with suppress(Exception):  # Another worker may have been faster.
@@ -1964,9 +1872,11 @@ def _make_plugin(name: str, topic: str, script: str) -> Any:  # noqa: C901  # a 
 
         async def _has_begun(self, key: str) -> bool:
             """Tell whether a job has begun on another worker, and note that it begins here."""
-            here = self._client.set_metadata([key, self._worker.address], value=True)
-            there = self._client.get_metadata([key], default={})
-            return bool({*(await asyncio.gather(there, here))[0]} - {self._worker.address})
+            address = self._worker.address
+            noting = self._client.set_metadata([key, address], value=True)
+            asking = self._client.get_metadata([key], default={})
+            workers, _ = await asyncio.gather(asking, noting)
+            return bool({*workers} - {address})
 
         def run(self, job: dict[str, Any]) -> None:
             """Run a node in a child, and pass on its messages."""
@@ -1974,21 +1884,17 @@ def _make_plugin(name: str, topic: str, script: str) -> Any:  # noqa: C901  # a 
             if self._client.sync(self._has_begun, key):
                 return  # Dask runs it again, because the worker that ran it is lost.
             self._jobs.add(key)
+            send = functools.partial(self._worker.log_event, topic)
+            ended = self._children.run(job, hear=lambda record: send((key, "log", record)))
+            send((key, *ended))
 
-            def send(*message: Any) -> None:
-                self._worker.log_event(topic, (key, *message))
-
-            send(*self._children.run(job, hear=functools.partial(send, "log")))
-
-    plugin = FlowRunChildren()
-    plugin.name = name
-    return plugin
+    return FlowRunChildren()
 
 
-def _connect(stack: ExitStack, arguments: dict[str, Any]) -> Any:
+def _connect(distributed: Any, stack: ExitStack, task_runner: dict[str, Any]) -> Any:
     """Return a client of the Dask cluster that task_runner describes, when it has a worker."""
-    distributed: Any = importlib.import_module("distributed")
-    arguments = {"timeout": 20} | arguments
+    own = _SHAPE["task_runner"]
+    arguments = {"timeout": 20} | {k: v for k, v in task_runner.items() if k not in own}
     place: Any = "this machine"
     try:
         if name := arguments.pop("cluster_class", None):
@@ -2016,19 +1922,20 @@ def _connect(stack: ExitStack, arguments: dict[str, Any]) -> Any:
 class _Dask:
     """A Dask cluster, whose workers run nodes of a flow run in children."""
 
-    def __init__(self, script: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, script: str, task_runner: dict[str, Any]) -> None:
         self._name = f"kedro-{uuid.uuid4().hex}"
-        self._futures: dict[str, Any] = {}  # by id of the job; held as long as the flow lives
+        self._futures: list[Any] = []  # held as long as the flow lives
         self._messages: dict[str, queue.SimpleQueue[Any]] = {}  # of nodes that run
         self._capacity, self._asked_at = 1, 0.0
-        _import_optional("distributed", "distributed", "task_runner.type dask")
+        distributed = _import_optional("distributed", "distributed", "task_runner.type dask")
         with ExitStack() as stack:
             logger = logging.getLogger("distributed")  # whose level is set by its import
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.WARNING)
-            self._client = _connect(stack, arguments)
+            self._client = _connect(distributed, stack, task_runner)
             self._client.subscribe_topic(self._client.id, self._hear)
-            self._client.register_plugin(_make_plugin(self._name, self._client.id, script))
+            plugin = _make_plugin(distributed, self._name, self._client.id, script)
+            self._client.register_plugin(plugin, name=self._name)
             self._stack = stack.pop_all()
 
     def capacity(self) -> int:
@@ -2054,21 +1961,18 @@ class _Dask:
         def run_on_worker(job: dict[str, Any]) -> None:
             importlib.import_module("distributed").get_worker().plugins[name].run(job)
 
-        arguments = {"key": job_id, "pure": False, "resources": resources or None}
-        self._futures[job_id] = future = self._client.submit(run_on_worker, job, **arguments)
+        future = self._client.submit(run_on_worker, job, key=job_id, resources=resources)
+        self._futures.append(future)
         try:
-            while True:
-                is_done = future.done()  # What the node has sent is there by then.
-                try:  # in steps, so that a timeout of Prefect can interrupt it
-                    kind, payload = messages.get(timeout=0 if is_done else 0.2)
-                except queue.Empty:
-                    if is_done:
-                        future.result()  # raises what kept the node from being run
-                        return "lost", b"is lost with its worker"
-                    continue
-                if kind != "log":
-                    return kind, payload
-                _log_record(payload)
+            # What the node has sent is there when the future is done.
+            while not future.done() or not messages.empty():
+                with suppress(queue.Empty):  # In steps, a timeout of Prefect can interrupt it.
+                    kind, payload = messages.get(timeout=0.2)
+                    if kind != "log":
+                        return kind, payload
+                    _log_record(payload)
+            future.result()  # raises what kept the node from being run
+            return "lost", b"is lost with its worker"
         except BaseException:
             future.cancel()
             raise
@@ -2077,7 +1981,7 @@ class _Dask:
 
     def stop(self) -> None:
         """Have those children killed that run nodes."""
-        self._client.cancel([future for future in self._futures.values() if not future.done()])
+        self._client.cancel([future for future in self._futures if not future.done()])
 
     def close(self) -> None:
         """Let all children end, and wait for them."""
@@ -2098,32 +2002,24 @@ class _InChildren(NamedTuple):
 
     def run(self, node: Node, attempt: int) -> None:
         """Run a node where the engine has room for it."""
-        job = asdict(self.job) | {"id": f"{node.name}-{uuid.uuid4().hex}", "node_name": node.name}
-        job |= {"key": str(self.keys[node]), "attempt": attempt}
+        job_id, key = f"{node.name}-{uuid.uuid4().hex}", str(self.keys[node])
+        job = self.job._replace(id=job_id, node_name=node.name, key=key, attempt=attempt)
         resources = _task_options(node, self.tasks).get("resources")
-        kind, payload = self.engine.run(job, resources)
+        kind, payload = self.engine.run(job._asdict(), resources)
         if kind == "failed":
             raise _unpack_error(payload)
         if kind != "completed":
             raise RuntimeError(f"The process that ran node '{node.name}' {payload.decode()}")
 
-    def capacity(self) -> int:
-        """Return how many nodes can run at once."""
-        return self.engine.capacity()
-
 
 def _hand_on(catalog: Any, pipeline: Pipeline, checkpoints: _Checkpoints) -> tuple[str, ...]:
     """Put parameters, and what hooks have put in memory, into checkpoints, and name these."""
-    values, names = {}, []
-    for name in sorted(pipeline.inputs()):
-        dataset: Any = _get_dataset(catalog, name)
-        if _is_in_memory(_inner(dataset)) and dataset.exists():
-            if _is_parameter(name):
-                values[name] = dataset.load()
-            else:
-                checkpoints.make(name).save(dataset.load())
-                names.append(name)
-    if values:
+    datasets: Any = {name: _get_dataset(catalog, name) for name in sorted(pipeline.inputs())}
+    in_memory = [n for n, each in datasets.items() if _is_in_memory(_inner(each)) and each.exists()]
+    names = list(filterfalse(_is_parameter, in_memory))
+    for name in names:
+        checkpoints.make(name).save(datasets[name].load())
+    if values := {name: datasets[name].load() for name in filter(_is_parameter, in_memory)}:
         checkpoints.make(_PARAMETERS).save(values)
         names.append(_PARAMETERS)
     return tuple(names)
@@ -2152,10 +2048,9 @@ def _check_for_children(pipeline: Pipeline, catalog: Any, hook_manager: Any) -> 
 
 @contextmanager
 def _open_executor(
-    start_engine: Callable[[], _ChildPool | _Dask],
+    config: _Config,
     job: _Job,
     checkpoints: _Checkpoints,
-    tasks: dict[str, dict[str, Any]],
     pipeline: Pipeline,
     catalog: Any,
     hook_manager: Any,
@@ -2163,10 +2058,11 @@ def _open_executor(
 ) -> Iterator[_InChildren]:
     """Yield what runs the nodes of a run in children; at the end, wait for all of these to end."""
     _check_for_children(pipeline, catalog, hook_manager)
-    job = replace(job, handed_on=_hand_on(catalog, pipeline, checkpoints))
-    engine = start_engine()
+    job = job._replace(handed_on=_hand_on(catalog, pipeline, checkpoints))
+    is_dask, script = config.engine == "dask", str(THIS_FILE)
+    engine = _Dask(script, config.task_runner) if is_dask else _ChildPool(script)
     try:
-        yield _InChildren(engine, job, keys, tasks)
+        yield _InChildren(engine, job, keys, config.tasks)
     except BaseException:
         engine.stop()  # Else nodes that run would be waited for.
         raise
@@ -2243,43 +2139,25 @@ def _free_forks() -> None:
     """
 
     def restore() -> None:
-        if _is_of_prefect(cast("Any", signal.getsignal(signal.SIGTERM))):
+        handler = signal.getsignal(signal.SIGTERM)
+        if str(getattr(handler, "__module__", "")).startswith("prefect."):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=restore)
 
 
-def _make_runner(config: _Config, setup: _Setup) -> PrefectRunner:
-    """Make the runner that prefect.yml describes."""
-    max_workers = config.task_runner.get("max_workers")
-    if config.task_runner.get("type") == "threads" and not max_workers:
-        # To name the type is to ask for nodes side by side.
-        max_workers = _default_workers(otherwise=min(32, (os.cpu_count() or 1) + 4))
-    is_async = config.task_runner.get("is_async", False)
-    return PrefectRunner(is_async, max_workers, config.tasks, setup)
-
-
 def _add_checkpoints(setup: _Setup, config: _Config, session: Any, options: Options) -> None:
     """Add checkpoints, and what runs nodes in children, if prefect.yml or the run asks for it."""
     url, entry = _find_checkpoints(config, options)
-    if not url:
-        return
-    folder = f"{url.rstrip('/')}/{runtime.flow_run.id}"
-    setup.checkpoints = _Checkpoints(folder, _read_credentials(session, options, entry))
-    if not config.engine:
-        return
-    is_async = config.task_runner.get("is_async", False)
-    versions = _versions(get_project_metadata(PROJECT_PATH))
-    job = _Job(options, setup.run_id, setup.options_digest, is_async, versions, folder, entry)
-    of_dask = {k: v for k, v in config.task_runner.items() if k not in _SHAPE["task_runner"]}
-    engines: dict[str, Callable[[], Any]] = {
-        "processes": functools.partial(_ChildPool, str(THIS_FILE)),
-        "dask": functools.partial(_Dask, str(THIS_FILE), of_dask),
-    }
-    setup.open_executor = functools.partial(
-        _open_executor, engines[config.engine], job, setup.checkpoints, config.tasks
-    )
+    if url:
+        folder = f"{url.rstrip('/')}/{runtime.flow_run.id}"
+        setup.checkpoints = _Checkpoints(folder, _read_credentials(session, options, entry))
+    if setup.checkpoints and config.engine:
+        is_async = config.task_runner.get("is_async", False)
+        versions = _versions(get_project_metadata(PROJECT_PATH))
+        job = _Job(options, setup.run_id, setup.options_digest, is_async, versions, folder, entry)
+        setup.open_executor = functools.partial(_open_executor, config, job, setup.checkpoints)
 
 
 @task(persist_result=False)
@@ -2300,11 +2178,14 @@ def kedro_init(options: Options, loading: ExitStack) -> Any:
     run_id = run_id or kedro_io.core.generate_timestamp().removesuffix("Z") + digits
     _adopt_run_id(session, run_id)
     logger.info("Project %s: session created with ID %s", metadata.project_name, run_id)
-    setup = _Setup(
-        run_id, digest, earlier, can_resume, has_previews=config.artifacts, loading=loading
-    )
+    setup = _Setup(run_id, digest, earlier, can_resume, config.artifacts, loading=loading)
     _add_checkpoints(setup, config, session, options)
-    return session, setup, _make_runner(config, setup)
+    max_workers = config.task_runner.get("max_workers")
+    if config.task_runner.get("type") == "threads" and not max_workers:
+        # To name the type is to ask for nodes side by side.
+        max_workers = _default_workers(otherwise=min(32, (os.cpu_count() or 1) + 4))
+    is_async = config.task_runner.get("is_async", False)
+    return session, setup, PrefectRunner(is_async, max_workers, config.tasks, setup)
 
 
 def _run_session(options: Options, loading: ExitStack) -> dict[str, str]:
@@ -2402,12 +2283,8 @@ def _reach_server() -> None:
 
     async def ask() -> None:
         async with get_client() as client:
-            if error := await client.api_healthcheck():
-                raise error
             try:
-                await client.read_flows(
-                    limit=1
-                )  # Anybody may ask for its health, but not for this.
+                await client.read_flows(limit=1)
             except ValueError as error:
                 raise OSError("what answers is no Prefect API, whose URL ends in /api") from error
 
@@ -2428,7 +2305,7 @@ async def _read_work_pool(client: Any, name: str, queue_name: str) -> Any:
     except ObjectNotFound:
         pools = [pool.name for pool in await client.read_work_pools()]
         problem = f"There is no work pool '{name}'."
-        create = f" Create it: prefect work-pool create --type {_SUGGESTED_POOL_TYPE} {quoted}"
+        create = f" Create it: prefect work-pool create --type {_POOL_TYPE} {quoted}"
         raise _unknown(problem, name, pools, "work pools", create) from None
     if _PREFECT_3 and pool.type == "prefect-agent":
         problem = f"Work pool '{name}' is for agents, which Prefect 3 does not have. Create one for"
@@ -2529,7 +2406,7 @@ def _register(name: str, pipeline: Pipeline, options: Options, given: dict[str, 
     full_name = f"{my_flow.name}/{name}"
     existing, pool, pool_fields = _check_registration(name, given)
     fields = _deployment_fields(pipeline, options, given, existing) | pool_fields
-    is_for_agent = pool.type == _AGENT_POOL_TYPE
+    is_for_agent = pool.type == "prefect-agent"
     save = _save_deployment(my_flow, name, fields, existing, is_for_agent)
     with _server_errors(f"Deployment '{full_name}' is not registered"):
         deployment_id = _call_api(save, 6 * SERVER_TIMEOUT)  # Its database may be busy.
@@ -2624,8 +2501,6 @@ _KEDRO_RUN_OPTIONS = (
 def _parse_as_kedro(parse: Any, context: click.Context, option: Any, value: Any) -> Any:
     try:
         return parse(context, option, value) if parse else value
-    except click.UsageError:
-        raise
     except Exception as error:  # Kedro's prints itself without its message.
         raise click.BadParameter(getattr(error, "message", str(error))) from None
 
@@ -2633,10 +2508,9 @@ def _parse_as_kedro(parse: Any, context: click.Context, option: Any, value: Any)
 def _kedro_run_options(command: Any) -> Any:
     """Add the options of `kedro run` that become flow parameters."""
     for name, spelling, parse, form, meaning in reversed(_KEDRO_RUN_OPTIONS):
-        callback = functools.partial(_parse_as_kedro, parse)
-        arguments: Any = {"callback": callback, "metavar": form, "help": meaning}
-        spellings = (name, *spelling.split())
-        command = click.option(*spellings, default="", show_default=False, **arguments)(command)
+        arguments: Any = {"callback": functools.partial(_parse_as_kedro, parse), "default": ""}
+        arguments |= {"metavar": form, "help": meaning, "show_default": False}
+        command = click.option(name, *spelling.split(), **arguments)(command)
     return command
 
 
@@ -2697,12 +2571,11 @@ def prefect_deploy(
     _check_task_names(config.tasks)
     for note in project.notes:
         click.echo(f"Note: {note}")
-    if dry_run:
-        _print_plan(project, config, options)
-    if dry_run and not run:
-        _check_registration(deployment_name, given)
     if not dry_run:
-        _register(deployment_name, project.pipeline, options, given)
+        return _register(deployment_name, project.pipeline, options, given)
+    _print_plan(project, config, options)
+    if not run:
+        _check_registration(deployment_name, given)
     return None
 
 
