@@ -127,7 +127,7 @@ def overhead(bench: Bench, count: int, how: str, target: float) -> Rows:
     what = f"{count} nodes, {how}"
     reference = "`kedro run` and bare tasks"
     logging = ratio(rounds, "ours", "kedro, plain lines", "bare, with lines")
-    yield readme_row(what, f"{reference}, 5 lines each", target, logging)
+    yield readme_row(what, "`kedro run` and tasks that log", target, logging)
     silent = ratio(rounds, "ours", "kedro, plain lines", "bare")
     yield other_row(what, f"{reference}, which log nothing", 1.05, silent)
     if is_small:
@@ -198,7 +198,7 @@ def makespan(
         name = f"{shape}_100_{milliseconds}"
         found = bench.measure("schedule", name, rounds=rounds, others=others)
         about = f"{milliseconds} ms, {WORKERS} workers"
-        what, best = f"{shape}, 100 nodes that wait {about}", "best schedule"
+        what, best = f"{shape}, 100 nodes of {about}", "best schedule"
         shown = readme_row if "recipe" in others else other_row
         figure = ratio(found, "ours", "best")
         figure = with_floor(figure, ratio(found, "bare", "best")) if "bare" in others else figure
@@ -372,7 +372,7 @@ def show(results: dict[str, Any], *, in_readme: bool) -> str:
     lines = ["| what | reference | target | ratio | bare Prefect |", "|---|---|---|---|---|"]
     for found in results["rows"]:
         if found["in_readme"] is in_readme:
-            target = f"≤ {found['target']}" if found["target"] else ""
+            target = f"≤{found['target']}" if found["target"] else ""
             floor = f"{found['floor']:.2f}" if "floor" in found else ""
             cells = [found["what"], found["reference"], target, f"{found['ratio']:.2f}", floor]
             lines.append(f"| {' | '.join(cells)} |")
