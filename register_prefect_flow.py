@@ -7,8 +7,7 @@ Copy this file into the root of a Kedro project, next to pyproject.toml. Then
     python register_prefect_flow.py --work_pool_name X   # register it, for agents and workers
 
 Everything is checked before anything is registered. In a flow run a failing node stops only those
-that need its output. Everything else is what
-`kedro run --env base` does, because Kedro does it.
+that need its output. Everything else is what `kedro run --env base` does, because Kedro does it.
 
 It takes over from https://docs.kedro.org/en/0.18.10/deployment/prefect.html.
 """
@@ -939,7 +938,7 @@ def _find_checkpoints(config: _Config, options: Options) -> tuple[str, str]:
 class _RunningPipeline:
     """What tasks look up, and what the states of their runs do not tell."""
 
-    nodes: dict[str, Node]  # by name, as what follows
+    nodes: dict[str, Node]  # by name, as attempts and errors
     catalog: Any
     executor: Any  # _InProcess or _InChildren, which is defined below
     has_previews: bool = False
@@ -1103,9 +1102,9 @@ _started: Counter[str] = Counter()
 
 def _longest_path_first(pipeline: Pipeline) -> list[Node]:
     """Order nodes by how many have to run after them, one after the other; else as Kedro does."""
-    behind = dict.fromkeys(pipeline.nodes, 0)
+    behind, needs = dict.fromkeys(pipeline.nodes, 0), pipeline.node_dependencies
     for node in reversed(pipeline.nodes):
-        for needed in pipeline.node_dependencies[node]:
+        for needed in needs[node]:
             behind[needed] = max(behind[needed], behind[node] + 1)
     return sorted(behind, key=behind.__getitem__, reverse=True)
 
@@ -1119,7 +1118,8 @@ def _schedule(
     """
     nodes = pipeline.nodes if limit() == 1 else _longest_path_first(pipeline)
     position = {node: index for index, node in enumerate(nodes)}
-    waiting = TopologicalSorter(pipeline.node_dependencies)
+    needs = pipeline.node_dependencies  # Kedro 0.18 makes it anew each time.
+    waiting = TopologicalSorter(needs)
     waiting.prepare()
     ready: list[int] = []  # a heap of positions
     ended: queue.SimpleQueue[tuple[Node, Any]] = queue.SimpleQueue()
@@ -1131,7 +1131,7 @@ def _schedule(
             heapq.heappush(ready, position[node])
         while ready and running < limit() and stopped_by is None:
             node = nodes[heapq.heappop(ready)]
-            upstream = [states[needed] for needed in pipeline.node_dependencies[node]]
+            upstream = [states[needed] for needed in needs[node]]
             running += 1
             start(node, upstream, lambda state, node=node: ended.put((node, state)))
         if stopped_by is not None and not running:
@@ -1248,7 +1248,7 @@ class PrefectRunner(SequentialRunner):
         keys: dict[Node, _NodeKey],
         earlier: dict[Node, list[Any]],
     ) -> None:
-        """Make the tasks, and run them in the order of their needs; earlier states have edges."""
+        """Make the tasks, and run each after those it needs, in this attempt or an earlier one."""
         pipeline_run_id, flow_run_id = uuid.uuid4().hex, str(runtime.flow_run.id)
         layers = init_kedro_tasks_by_execution_layer(pipeline, pipeline_run_id, self._task_options)
         tasks = dict(chain.from_iterable(layer.items() for layer in layers))
@@ -1633,9 +1633,10 @@ def _pack_error(error: BaseException, with_object: bool) -> bytes:
 
 def _unpack_error(payload: bytes) -> BaseException:
     pickled, description, trace = pickle.loads(payload)
-    error: Any = _stand_in(*description)
+    error: Any = None
     with suppress(Exception):  # Its class may need other arguments than it keeps.
         error = pickle.loads(pickled)
+    error = error if isinstance(error, BaseException) else _stand_in(*description)
     error.__cause__ = RuntimeError(f"in another process\n{trace}")
     return cast("BaseException", error)
 
@@ -1733,13 +1734,16 @@ class _Child:
 
     def receive(self) -> tuple[str, bytes]:
         """Wait for a message, in steps, so that a timeout of Prefect can interrupt it."""
-        with suppress(EOFError, OSError):
-            while not self._connection.poll(0.2):
-                # What it has started may hold its connection longer than it lives.
-                if not self.is_alive() and not self._connection.poll():
-                    return "ended", b""
+        while not self._connection.poll(0.2):
+            # What it has started may hold its connection longer than it lives.
+            if not self.is_alive() and not self._connection.poll():
+                return "ended", b""
+        try:
             return cast("tuple[str, bytes]", self._connection.recv())
-        return "ended", b""
+        except (EOFError, OSError):
+            return "ended", b""
+        except Exception as error:
+            return "ended", f"for what it sent cannot be read: {error!r}".encode()
 
     def listen(self, hear: Callable[[bytes], None] = _log_record) -> tuple[str, bytes]:
         """Let its log records be heard, and return how its node, or it itself, has ended."""
@@ -1802,7 +1806,8 @@ class _ChildPool:
                 self._idle.append(child)
         if kind != "ended":
             return kind, payload
-        by = " (killed, with its run or for lack of memory)" if code == -signal.SIGKILL else ""
+        reason = "with its run" if self._is_stopped else "perhaps for lack of memory"
+        by = f" (killed, {payload.decode() or reason})" if code == -signal.SIGKILL else ""
         return "died", f"died with exit code {code}{by}".encode()
 
     def _take(self, job: dict[str, Any]) -> Any:
@@ -1862,7 +1867,7 @@ def _make_plugin(distributed: Any, name: str, topic: str, script: str) -> Any:
         def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
             """Kill the child of a node that the flow has cancelled; end all if it is gone."""
             if key in self._jobs and finish == "released":
-                # The flow holds what has completed as long as it lives.
+                # The flow holds what has completed as long as it lives: else it is gone.
                 kill = functools.partial(self._children.kill, key)
                 threading.Thread(target=kill if start == "executing" else self._leave).start()
 

@@ -741,6 +741,34 @@ def test_an_idle_child_that_has_died_gets_no_node(project: Path) -> None:
     second.kill()  # its number may be another's by now
 
 
+SCRIBBLING = """
+import os
+import stat
+
+
+def scribble(numbers):
+    for number in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, (4).to_bytes(4, "big") + b"junk")
+        except OSError:
+            pass
+    return 1
+"""
+
+
+@pytest.mark.one_lane
+def test_a_child_that_sends_what_cannot_be_read_is_ended_with_its_node(
+    project: Path, server: Server
+) -> None:
+    write_pipeline(project, SCRIBBLING, "node(scribble, 'numbers', 'one', name='scribble')")
+    write_config(project, "task_runner: {type: processes}")
+    done = register(project, server, "--run")
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert "'scribble' died with exit code -9 (killed, for what it sent cannot be read" in output
+
+
 CONFIRMING = """
 def read(incoming):
     return sorted(incoming)
