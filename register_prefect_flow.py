@@ -1537,6 +1537,8 @@ async def _create_artifact(text: str, key: str) -> None:
 _PARAMETERS = "parameters"  # the name of the checkpoint that hands on their values
 _CHILD = """
 import importlib.util, sys
+for stream in (sys.stdout, sys.stderr):  # Others write there at the same time: lines stay whole.
+    stream.reconfigure(line_buffering=True, write_through=False)
 spec = importlib.util.spec_from_file_location("register_prefect_flow", sys.argv[1])
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -1719,7 +1721,7 @@ class _Child:
 
     def __init__(self, script: str) -> None:
         self._connection, end = Pipe()
-        command = [sys.executable, "-uc", _CHILD, script, str(end.fileno())]
+        command = [sys.executable, "-c", _CHILD, script, str(end.fileno())]
         arguments: Any = {"stdin": subprocess.DEVNULL, "cwd": Path(script).parent}
         arguments |= {"start_new_session": True, "pass_fds": [end.fileno()]}
         self._process = subprocess.Popen(command, **arguments)

@@ -73,6 +73,8 @@ def talk(numbers, me):
     logging.getLogger("elsewhere").warning("%s: third", me)
     print(f"{me}: fo", end="")
     print("urth")
+    for number in range(2000):
+        print(f"{me}: line {number} of many")
     logging.getLogger("tiny.own").debug("%s: not shown", me)
     return me
 
@@ -103,6 +105,11 @@ def test_what_nodes_say_is_in_the_output_and_what_they_log_in_prefect(
     for me in "ab":
         said = re.findall(rf"\b{me}: (?:first|second|third|fo|not).*", done.stdout + done.stderr)
         assert sorted(said) == sorted(f"{me}: {what}" for what in SAID)
+    # Lines of nodes that run at the same time do not mix.
+    of_many = [line for line in done.stdout.splitlines() if " of many" in line]
+    lines = {f"{me}: line {number} of many" for me in "ab" for number in range(2000)}
+    assert len(of_many) == len(lines)
+    assert {*of_many} == lines
     [flow_run] = server.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
 
     def shown(me: str) -> list[str]:
