@@ -24,6 +24,7 @@ import importlib.metadata
 import inspect
 import json
 import logging.handlers
+import operator
 import os
 import pickle
 import platform
@@ -96,6 +97,7 @@ for _name, _found, _floor in (
         raise ImportError(_text)
 
 from kedro import io as kedro_io
+from kedro import runner as kedro_runner
 from kedro.config import AbstractConfigLoader, MissingConfigException
 from kedro.framework import project as kedro_project
 from kedro.framework.cli.utils import _split_load_versions as split_load_versions
@@ -108,7 +110,6 @@ from kedro.framework.startup import _get_project_metadata as get_project_metadat
 from kedro.logging import RichHandler
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-from kedro.runner import SequentialRunner
 from prefect import Task, flow, get_client, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import PrefectClient
@@ -121,16 +122,17 @@ from prefect.utilities.callables import parameter_schema
 
 # ---- Compatibility: what differs between versions, and what is private, has one name here ----
 
-try:  # Kedro 0.19.10 put Task in the place of run_node, which 1.0 removed.
-    from kedro.runner import Task as _KedroTask
-except ImportError:
-    from kedro.runner import run_node as _run_node  # type: ignore[attr-defined,unused-ignore]
-else:
 
-    def _run_node(node: Any, catalog: Any, hook_manager: Any, is_async: bool, run_id: Any) -> None:
-        _KedroTask(node, catalog, is_async, hook_manager, run_id).execute()
+def _run_node(node: Any, catalog: Any, hook_manager: Any, is_async: bool, run_id: Any) -> None:
+    """Run a node; Kedro 0.19.10 put Task in the place of run_node, which 1.0 removed."""
+    if hasattr(kedro_runner, "Task"):
+        kedro_runner.Task(node, catalog, is_async, hook_manager, run_id).execute()
+    else:
+        vars(kedro_runner)["run_node"](node, catalog, hook_manager, is_async, run_id)
 
 
+_hook_manager = operator.attrgetter("_hook_manager")  # of a session
+_catalog_names = operator.methodcaller("keys" if _KEDRO_1 else "list")  # of a catalog
 # Kedro 0.18.12 renamed them.
 _Dataset: Any = vars(kedro_io).get("AbstractDataset", vars(kedro_io).get("AbstractDataSet"))
 _CachedDataset: Any = vars(kedro_io).get("CachedDataset", vars(kedro_io).get("CachedDataSet"))
@@ -155,12 +157,11 @@ def _session_class() -> Any:
     return getattr(settings, "SESSION_CLASS", KedroSession)
 
 
-def _create_session(env: str, conf_source: str, runtime_params: Options) -> Any:
+def _create_session(env: str, conf: str | None, runtime_params: Options) -> Any:
     """Make a session as `kedro run` does; one of another class takes runtime parameters later."""
-    arguments: Options = {"conf_source": conf_source} if conf_source else {}
-    if issubclass(_session_class(), KedroSession):
-        arguments["runtime_params" if _KEDRO_1 else "extra_params"] = runtime_params
-    return _session_class().create(project_path=PROJECT_PATH, env=env, **arguments)
+    name = "runtime_params" if _KEDRO_1 else "extra_params"
+    params = {name: runtime_params} if issubclass(_session_class(), KedroSession) else {}
+    return _session_class().create(project_path=PROJECT_PATH, env=env, conf_source=conf, **params)
 
 
 def _adopt_run_id(session: Any, run_id: str) -> None:
@@ -182,8 +183,7 @@ def _config_loader(session: Any, options: Options) -> Any:
 
 def _load_catalog(context: Any, options: Options, run_id: str) -> Any:
     """Make the catalog as `kedro run` does."""
-    if names := _pipeline_names(options):
-        context._pipelines_to_validate = names  # Kedro 1.7 checks the parameters of these.
+    context._pipelines_to_validate = _pipeline_names(options) or None  # by Kedro 1.7
     own = {"catalog_class": settings.DATA_CATALOG_CLASS} if _KEDRO_1 else {}
     return context._get_catalog(save_version=run_id, load_versions=options["load_versions"], **own)
 
@@ -194,11 +194,10 @@ def _run_arguments(options: Options, run_id: str = "") -> Options:
     accepted = {*parameters}
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         accepted |= {*inspect.signature(KedroSession.run).parameters}
-    arguments = {n: options[n] for n in (*FILTERS, "load_versions", "only_missing_outputs")}
+    names = (*FILTERS, "load_versions", "only_missing_outputs", *({"runtime_params"} & accepted))
+    arguments = {name: options[name] for name in names}
     arguments |= {"tags": tuple(options["tags"]), "node_names": tuple(options["node_names"])}
     arguments["pipeline_names"] = _pipeline_names(options)
-    if not issubclass(_session_class(), KedroSession):
-        arguments |= {"runtime_params": options["runtime_params"]}
     # Kedro 1.0 brought several namespaces, and 1.2 several pipelines.
     for plural in {"pipeline_names", "namespaces"} - accepted:
         if not arguments[plural][1:]:
@@ -220,10 +219,6 @@ def _get_dataset(catalog: Any, name: str) -> Any | None:
     return catalog._get_dataset(name) if name in known else None
 
 
-def _catalog_names(catalog: Any) -> list[str]:
-    return [*(catalog.keys() if _KEDRO_1 else catalog.list())]
-
-
 def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
     # Kedro warns of a name that is replaced.
     vars(catalog).get("_datasets", vars(catalog).get("_data_sets")).pop(name, None)
@@ -232,8 +227,8 @@ def _set_dataset(catalog: Any, name: str, dataset: Any) -> None:
 
 def _is_in_memory(dataset: Any | None) -> bool:
     """Tell whether what a dataset has is lost with the process; Kedro 0.18 had no mark for it."""
-    by_name = type(dataset).__name__ in ("MemoryDataSet", "MemoryDataset")
-    return dataset is None or bool(getattr(dataset, "_EPHEMERAL", by_name))
+    is_kedros = isinstance(dataset, _MemoryDataset)
+    return dataset is None or bool(getattr(dataset, "_EPHEMERAL", is_kedros))
 
 
 def _copy_mode(dataset: Any | None) -> Any:
@@ -246,19 +241,21 @@ def _inner(dataset: Any | None) -> Any:
     return dataset._dataset if isinstance(dataset, _CachedDataset) else dataset
 
 
-def _is_missing(dataset: Any) -> bool:
-    """Tell whether a dataset has nothing saved; one that cannot tell counts as having it."""
-    can_tell = not _is_in_memory(dataset) and type(dataset)._exists is not _Dataset._exists
-    return can_tell and not dataset.exists()
-
-
-def _saved_path(dataset: Any, version: str = "") -> str:
-    """Return where a dataset has saved this version, or its own, if Kedro versions it."""
+def _saved_path(dataset: Any, version: str = "") -> str | None:
+    """Return where a dataset has saved this version, or its own; None: it has no versions."""
     # Datasets of other packages use the name _version for something else.
     if not isinstance(getattr(dataset, "_version", None), kedro_io.Version):
-        return ""
+        return None
     path = str(dataset._get_versioned_path(version or dataset.resolve_save_version()))
     return path if dataset._exists_function(path) else ""
+
+
+def _is_missing(dataset: Any) -> bool:
+    """Tell whether this run has saved nothing; a dataset that cannot tell counts as saved."""
+    if (path := _saved_path(dataset)) is not None:  # else another run's version would count
+        return not path
+    can_tell = not _is_in_memory(dataset) and type(dataset)._exists is not _Dataset._exists
+    return can_tell and not dataset.exists()
 
 
 def _pin_versions(node: Node, catalog: Any, run_id: str) -> None:
@@ -291,19 +288,6 @@ def _preview_method(dataset: Any) -> Any:
     return getattr(dataset, "preview", None) or dataset._preview  # as kedro-datasets 1 calls it
 
 
-def _hook_manager(session: Any) -> Any:
-    return session._hook_manager
-
-
-def _report_end(report: Callable[[Any], None], future: Any) -> None:
-    """Wait for a task, and report its state, or what kept it from having one."""
-    try:
-        state = future.wait()  # In Prefect 3 it returns nothing.
-        report(future.state if state is None else state)
-    except BaseException as error:
-        report(error)
-
-
 def _forget_events(topic: str, dask_scheduler: Any) -> None:
     """Let a Dask scheduler forget what was logged, as it does an hour after a client has left."""
     if hasattr(dask_scheduler, "_broker"):  # distributed 2024.3 brought it.
@@ -320,38 +304,28 @@ def _default_workers(otherwise: int = 1) -> int:
 
 # Agents gave way to workers in Prefect 2.16.4.
 _POOL_TYPE = "process" if _version(prefect.__version__) >= (2, 16, 4) else "prefect-agent"
+_TASKS_END = _PREFECT_3  # Some tasks of Prefect 2 are waited for in vain.
 
 if _PREFECT_3:
     from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.client.schemas.objects import TaskRunResult
     from prefect.task_engine import run_task
-    from prefect.task_runners import ThreadPoolTaskRunner
 
-    @contextmanager
-    def _task_submitter(max_workers: int) -> Iterator[Callable[..., None]]:
-        """Yield what runs a task after others, given their states; one worker is this thread."""
-        runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=max_workers)
+    def _run_task(node_task: Any, upstream: list[Any], stopped: threading.Event) -> Any:
+        """Run a task after others, given their states, and return its state."""
+        # Waiting for a state loads its result, which an earlier attempt has not kept. So it waits
+        # for a failed one, to be NotReady, or for None, without which Prefect draws no edges.
+        failed: list[Any] = [state for state in upstream if not state.is_completed()]
+        ids = {state.state_details.task_run_id for state in upstream}
+        arguments: Any = {"parameters": {}, "wait_for": failed[:1] or [None]}
+        arguments["dependencies"] = {"wait_for": {TaskRunResult(id=each) for each in ids}}
+        arguments["context"] = {
+            "cancel_event": stopped
+        }  # It keeps its function from being called again.
+        return run_task(node_task, return_type="state", **arguments)
 
-        def submit(node_task: Any, upstream: list[Any], report: Callable[[Any], None]) -> None:
-            # Prefect loads the result behind each state it waits for, and an earlier attempt has
-            # kept none. One that failed makes a task NotReady. For edges ids are enough, but
-            # Prefect reads them only where it has something to wait for: None stands for that.
-            failed: list[Any] = [state for state in upstream if not state.is_completed()]
-            ids = {state.state_details.task_run_id for state in upstream}
-            arguments: Any = {"parameters": {}, "wait_for": failed[:1] or [None]}
-            arguments["dependencies"] = {"wait_for": {TaskRunResult(id=each) for each in ids}}
-            if max_workers == 1:
-                report(run_task(node_task, return_type="state", **arguments))
-            else:
-                future = runner.submit(node_task, **arguments)
-                future.add_done_callback(functools.partial(_report_end, report))
-
-        with runner if max_workers > 1 else nullcontext():
-            yield submit
-
-    async def _save_deployment(new: Any, name: str, fields: Any, old: Any, agent: bool) -> Any:
+    async def _save_deployment(new: Any, name: str, fields: Any, old: Any, agent: bool) -> Any:  # noqa: ARG001
         """Create or update a deployment; what is not set stays as it is on the server."""
-        del agent  # Prefect 3 has none.
         fields["parameter_openapi_schema"] = parameter_schema(new).model_dump(exclude_unset=True)
         async with get_client() as client:
             if old:
@@ -362,16 +336,8 @@ if _PREFECT_3:
 
 else:
 
-    @contextmanager
-    def _task_submitter(max_workers: int) -> Iterator[Callable[..., None]]:
-        del max_workers  # Prefect 2 starts a thread for each; the scheduler here limits them.
-
-        def submit(node_task: Any, upstream: list[Any], report: Callable[[Any], None]) -> None:
-            future = node_task.submit(wait_for=upstream)
-            # Its futures have no callbacks: a thread waits for each of the few.
-            threading.Thread(target=_report_end, args=(report, future), daemon=True).start()
-
-        yield submit
+    def _run_task(node_task: Any, upstream: list[Any], stopped: threading.Event) -> Any:  # noqa: ARG001
+        return node_task(wait_for=upstream, return_state=True)
 
     async def _save_deployment(new: Any, name: str, fields: Any, old: Any, agent: bool) -> Any:
         """Create or replace a deployment; what is not set is sent as it is on the server."""
@@ -380,8 +346,7 @@ else:
         kept |= {"schedules"} if "schedules" in accepted else {"schedule", "is_schedule_active"}
         existing: Any = {each: getattr(old, each) for each in kept if hasattr(old, each)}
         if "schedules" in existing:  # Prefect 2.16 brought several.
-            names = {"schedule", "active"}
-            existing["schedules"] = [each.dict(include=names) for each in old.schedules]
+            existing["schedules"] = [s.dict(include={"schedule", "active"}) for s in old.schedules]
         fields = existing | fields | {"parameter_openapi_schema": parameter_schema(new).dict()}
         if agent:  # For an agent, job variables hold in infrastructure blocks only.
             from prefect.infrastructure import Process
@@ -597,9 +562,9 @@ def _open_session(options: Options) -> Any:
     """Make the Kedro session of a run; it loads nothing yet."""
     # What shapes the pipelines may be read from the context: an earlier run's are of no use.
     pipelines.configure(f"{kedro_project.PACKAGE_NAME}.pipeline_registry")
-    conf_source = options["conf_source"] and _conf_source(options)
+    conf = _conf_source(options) if options["conf_source"] else None
     with _project_errors("Making a Kedro session"):
-        return _create_session(_environment(options), conf_source, options["runtime_params"])
+        return _create_session(_environment(options), conf, options["runtime_params"])
 
 
 def _read_credentials(session: Any, options: Options, name: str) -> dict[str, Any]:
@@ -677,7 +642,7 @@ def _note_missing(pipeline: Pipeline, catalog: Any) -> list[str]:
 def _check_project(options: Options) -> _CheckedProject:
     """Open the project as a run would, with hooks of context and catalog; run no node."""
     _run_arguments(options)  # It refuses what this Kedro does not take.
-    context, pipeline = _load_project(_open_session(options), options, [])
+    context, pipeline = _load_project(_open_session(options), options, only=[])
     names = sorted(pipeline.all_inputs() | pipeline.all_outputs())
     try:
         with _project_errors(f"Loading catalog and parameters of '{_environment(options)}'"):
@@ -878,8 +843,8 @@ class _Checkpoints:
     def add_to(self, catalog: Any, pipeline: Pipeline, kept: Iterable[str], cache: bool) -> None:
         """Put checkpoints in the place of what nodes write to memory, but for what is kept there.
 
-        A cache of a checkpoint serves readers in this process, and to Kedro it is in memory: its
-        advice how to resume must not count on a file that `kedro run` would not find.
+        A cache of a checkpoint serves readers in this process, and to Kedro it is in memory: what
+        Kedro advises to resume must not count on a file that `kedro run` would not find.
         """
         for node in pipeline.nodes:
             for name in set(node.outputs).difference(kept):
@@ -1152,6 +1117,23 @@ def _schedule(
             yield node, state
 
 
+@contextmanager
+def _node_threads(count: int) -> Iterator[Callable[[Callable[[], None]], Any]]:
+    """Yield what calls a function in a thread, and wait for all; one thread is this one."""
+
+    def call_in_daemon(call: Callable[[], None]) -> None:
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(call,), daemon=True).start()
+
+    with ThreadPoolExecutor(count) as pool:
+        if not _TASKS_END:
+            yield call_in_daemon
+        elif count == 1:
+            yield lambda call: call()
+        else:
+            yield lambda call: pool.submit(contextvars.copy_context().run, call)
+
+
 def _warn_of_shared_files(pipeline: Pipeline, catalog: Any, logger: logging.Logger) -> None:
     """Warn of files that several nodes write, if these may run at the same time."""
     writers: dict[str, list[Node]] = {}
@@ -1169,7 +1151,7 @@ def _warn_of_shared_files(pipeline: Pipeline, catalog: Any, logger: logging.Logg
                 logger.warning("Nodes %s may write %s at the same time", names, path)
 
 
-class PrefectRunner(SequentialRunner):
+class PrefectRunner(kedro_runner.SequentialRunner):
     """A Kedro runner that runs each node as a Prefect task, as soon as its inputs are there.
 
     Use it inside a Prefect flow: `KedroSession.run(runner=PrefectRunner())`, or
@@ -1217,9 +1199,9 @@ class PrefectRunner(SequentialRunner):
         # Keys come first: a child, too, makes them before there are checkpoints.
         keys = {n: _make_key(n, catalog, setup.options_digest, run_id) for n in pipeline.nodes}
         if setup.checkpoints:
-            # What is returned is in memory, unless a child has to hand it on.
-            in_memory = () if setup.open_executor else pipeline.outputs()
-            setup.checkpoints.add_to(catalog, pipeline, in_memory, cache=True)
+            # What is returned stays in memory, unless a child has to hand it on.
+            kept = () if setup.open_executor else pipeline.outputs()
+            setup.checkpoints.add_to(catalog, pipeline, kept, cache=True)
         completed: dict[Node, Any] = {}
         if setup.earlier:
             get_run_logger().info("Resuming session %s", run_id)
@@ -1259,19 +1241,27 @@ class PrefectRunner(SequentialRunner):
         in_children, workers = bool(self._setup.open_executor), self._max_workers
         # In children as many nodes run as there is room for, which may grow: each gets a thread.
         threads = workers or (max(len(nodes), 1) if in_children else _default_workers())
-        with _task_submitter(threads) as submit, executor_context as executor:
+        stopped = threading.Event()
+        with _node_threads(threads) as call, executor_context as executor:
             limit = executor.engine.capacity if in_children and not workers else lambda: threads
             self._warn(pipeline, catalog, limit())
             running = _RunningPipeline(nodes, catalog, executor, self._setup.has_previews)
 
+            def run(node: Node, upstream: list[Any], report: Callable[[Any], None]) -> None:
+                try:
+                    report(_run_task(tasks[node], [*upstream, *earlier[node]], stopped))
+                except BaseException as error:  # Prefect or a node has stopped the run.
+                    report(error)
+
             def start(node: Node, upstream: list[Any], report: Callable[[Any], None]) -> None:
                 _started[flow_run_id] += 1
-                submit(tasks[node], [*upstream, *earlier[node]], report)
+                call(functools.partial(run, node, upstream, report))
 
             _running[pipeline_run_id] = running
             try:
                 self._follow(_schedule(pipeline, start, limit), running, pipeline)
             finally:
+                stopped.set()
                 del _running[pipeline_run_id]
 
     def _warn(self, pipeline: Pipeline, catalog: Any, limit: int) -> None:
@@ -1561,6 +1551,7 @@ class _Job(NamedTuple):
     key: str = ""  # of the node, in the flow
     attempt: int = 1
     id: str = ""  # of this attempt
+    runs_once: bool = False  # Dask starts it again where the worker that ran it is lost.
 
 
 def _versions(metadata: ProjectMetadata) -> dict[str, str]:
@@ -1585,11 +1576,32 @@ def _check_versions(metadata: ProjectMetadata, of_flow: dict[str, str]) -> None:
             raise RuntimeError(f"{problem}. Start the run again; elsewhere, update it first.")
 
 
-def _open_run(job: _Job, metadata: ProjectMetadata) -> dict[str, _NodeKey]:
-    """Open the project in a child, and return the keys of its nodes: they are as in the flow."""
+def _run_job(keys: dict[str, _NodeKey], checkpoints: _Checkpoints, job: _Job) -> None:
+    """Run a node in a child, if it is the same node there as in the flow."""
+    running = _running[job.run_id]
+    node = running.nodes[job.node_name]
+    if str(keys[node.name]) != job.key:
+        problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
+        remedy = "Does a resolver give another value each time? Put the value into a parameter."
+        raise RuntimeError(f"{problem}. {remedy}")
+    if job.runs_once:
+        begun = checkpoints.make(job.id)
+        if begun.exists():
+            raise RuntimeError(f"The process that ran node '{node.name}' is lost with its worker")
+        begun.save(node.name)
+    running.attempts[node.name] = job.attempt - 1
+    try:
+        kedro_task(node.name, job.run_id)
+    finally:
+        for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
+            running.catalog.release(name)
+
+
+def _open_run(job: _Job) -> Callable[[_Job], None]:
+    """Open the project in a child, with the values of the flow, and return what runs its nodes."""
     session = _open_session(job.options)
     context, pipeline = _load_project(session, job.options, _pipeline_names(job.options))
-    _check_versions(metadata, job.versions)
+    _check_versions(_bootstrap(), job.versions)
     catalog = _load_catalog(context, job.options, job.run_id)
     credentials = _read_credentials(session, job.options, job.credentials)
     checkpoints = _Checkpoints(job.folder, credentials)
@@ -1605,23 +1617,7 @@ def _open_run(job: _Job, metadata: ProjectMetadata) -> dict[str, _NodeKey]:
     executor = _InProcess(catalog, hooks, job.is_async, run_id, pins_versions=True)
     nodes = {node.name: node for node in pipeline.nodes}
     _running[run_id] = _RunningPipeline(nodes, catalog, executor)
-    return keys
-
-
-def _run_job(job: _Job, keys: dict[str, _NodeKey]) -> None:
-    """Run a node in a child, if it is the same node there as in the flow."""
-    running = _running[job.run_id]
-    node = running.nodes[job.node_name]
-    if str(keys[node.name]) != job.key:
-        problem = f"Node '{node.name}' has other inputs, outputs or paths in its process than here"
-        remedy = "Does a resolver give another value each time? Put the value into a parameter."
-        raise RuntimeError(f"{problem}. {remedy}")
-    running.attempts[node.name] = job.attempt - 1
-    try:
-        kedro_task(node.name, job.run_id)
-    finally:
-        for name in filterfalse(_is_parameter, {*node.inputs, *node.outputs}):
-            running.catalog.release(name)
+    return functools.partial(_run_job, keys, checkpoints)
 
 
 def _pack_error(error: BaseException, with_object: bool) -> bytes:
@@ -1648,23 +1644,16 @@ def _send_logs(send: Callable[..., None]) -> None:
     records: Any = SimpleNamespace(put_nowait=lambda record: send("log", pickle.dumps(record)))
     for name in logging.root.manager.loggerDict:
         logger = logging.getLogger(name)
-        logger.handlers = [] if logger.propagate else [logging.handlers.QueueHandler(records)]
+        logger.handlers, logger.propagate = [], True
     logging.root.handlers = [logging.handlers.QueueHandler(records)]
 
 
 def _be_child(connection_number: int) -> None:
     """Run nodes of a flow run, and send messages, until there is nothing more to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # It is the flow that Ctrl-C stops.
     os.environ["KEDRO_DISABLE_TELEMETRY"] = "1"  # The flow sends it.
     os.set_inheritable(connection_number, False)
     connection, lock, child = Connection(connection_number), threading.Lock(), os.getpid()
     jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-
-    def be_fork() -> None:
-        """Hold no connection, which is the child's only, and print what is logged."""
-        if os.getppid() == child:  # else it is closed already
-            os.close(connection_number)
-            logging.basicConfig(force=True)
 
     def send(kind: str, payload: bytes = b"") -> None:
         with lock:
@@ -1681,20 +1670,22 @@ def _be_child(connection_number: int) -> None:
             _kill_group(child)
             os._exit(0)
 
-    os.register_at_fork(after_in_child=be_fork)
+    # A fork holds no connection, which is the child's only, and prints what is logged.
+    os.register_at_fork(after_in_child=connection.close)
+    os.register_at_fork(after_in_child=functools.partial(logging.basicConfig, force=True))
     threading.Thread(target=listen, daemon=True).start()
-    keys: dict[str, _NodeKey] = {}
+    run_job: Callable[[_Job], None] | None = None
     while fields := jobs.get():
         try:
             job = _Job(**fields)
-            if not keys:
-                metadata = _bootstrap()
+            if not run_job:
+                _bootstrap()
                 _send_logs(send)
-                keys = _open_run(job, metadata)
-            _run_job(job, keys)
+                run_job = _open_run(job)
+            run_job(job)
             send("completed")
         except BaseException as error:  # What opening raises may refer to credentials.
-            send("failed", _pack_error(error, with_object=bool(keys)))
+            send("failed", _pack_error(error, with_object=bool(run_job)))
 
 
 def _kill_group(leader: int) -> None:
@@ -1703,17 +1694,24 @@ def _kill_group(leader: int) -> None:
     These have a second to clean up: what frees the shared memory of joblib does not heed SIGTERM,
     and ends by itself when the others have ended.
     """
-    with suppress(ProcessLookupError):
+    gone = ProcessLookupError, PermissionError  # macOS says the latter of what is not reaped.
+    with suppress(*gone):
         os.kill(leader, signal.SIGKILL)
+    with suppress(*gone):
         os.killpg(leader, signal.SIGTERM)
         time.sleep(1)
+    with suppress(*gone):
         os.killpg(leader, signal.SIGKILL)
 
 
 def _log_record(payload: bytes) -> None:
     """Log what has been logged in a child."""
-    record = pickle.loads(payload)
-    logging.getLogger(record.name).handle(record)
+    try:
+        record = pickle.loads(payload)
+    except Exception as error:  # It may hold an object that cannot be made again.
+        logging.getLogger("kedro").warning("A log line of a node cannot be read: %r", error)
+    else:
+        logging.getLogger(record.name).handle(record)
 
 
 class _Child:
@@ -1835,7 +1833,7 @@ class _ChildPool:
         """Kill all children, if any runs a node."""
         self._is_stopped = True
         children = [*self._busy.values(), *self._idle] if self._busy else []
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(len(children) or 1) as threads:
             threads.map(lambda child: child.kill(), children)
 
     def close(self) -> None:
@@ -1869,27 +1867,21 @@ def _make_plugin(distributed: Any, name: str, topic: str, script: str) -> Any:
         def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
             """Kill the child of a node that the flow has cancelled; end all if it is gone."""
             if key in self._jobs and finish == "released":
-                # The flow holds what has completed as long as it lives: else it is gone.
                 kill = functools.partial(self._children.kill, key)
                 threading.Thread(target=kill if start == "executing" else self._leave).start()
 
         def _leave(self) -> None:
             with suppress(Exception):  # Another worker may have been faster.
-                self._client.unregister_worker_plugin(name)
-
-        async def _has_begun(self, key: str) -> bool:
-            """Tell whether a job has begun on another worker, and note that it begins here."""
-            address = self._worker.address
-            noting = self._client.set_metadata([key, address], value=True)
-            asking = self._client.get_metadata([key], default={})
-            workers, _ = await asyncio.gather(asking, noting)
-            return bool({*workers} - {address})
+                # Dask also lets go of what has failed, and moves what a worker has that retires.
+                client = self._client
+                if not client.run_on_scheduler(
+                    lambda dask_scheduler: topic in dask_scheduler.clients
+                ):
+                    client.unregister_worker_plugin(name)
 
         def run(self, job: dict[str, Any]) -> None:
             """Run a node in a child, and pass on its messages."""
             key, self._client = job["id"], distributed.get_client()
-            if self._client.sync(self._has_begun, key):
-                return  # Dask runs it again, because the worker that ran it is lost.
             self._jobs.add(key)
             send = functools.partial(self._worker.log_event, topic)
             ended = self._children.run(job, hear=lambda record: send((key, "log", record)))
@@ -1979,7 +1971,7 @@ class _Dask:
                         return kind, payload
                     _log_record(payload)
             future.result()  # raises what kept the node from being run
-            return "lost", b"is lost with its worker"
+            return "ended", b"has sent nothing"
         except BaseException:
             future.cancel()
             raise
@@ -2065,8 +2057,9 @@ def _open_executor(
 ) -> Iterator[_InChildren]:
     """Yield what runs the nodes of a run in children; at the end, wait for all of these to end."""
     _check_for_children(pipeline, catalog, hook_manager)
-    job = job._replace(handed_on=_hand_on(catalog, pipeline, checkpoints))
     is_dask, script = config.engine == "dask", str(THIS_FILE)
+    handed_on = _hand_on(catalog, pipeline, checkpoints)
+    job = job._replace(handed_on=handed_on, runs_once=is_dask)
     engine = _Dask(script, config.task_runner) if is_dask else _ChildPool(script)
     try:
         yield _InChildren(engine, job, keys, config.tasks)

@@ -400,7 +400,8 @@ def fail(server: Server, pool: str, project: Path, *arguments: str) -> str:
 def children() -> list[str]:
     """The processes that run nodes, of these tests: others may run beside them."""
     found = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True).stdout
-    lines = [line for line in found.splitlines() if {sys.executable, "-uc"} <= {*line.split()}]
+    words = {sys.executable, "-c", "importlib.util,"}
+    lines = [line for line in found.splitlines() if words <= {*line.split()}]
     return [line for line in lines if has_started_here(line.split()[0])]
 
 

@@ -61,6 +61,8 @@ ENDS = {
     "writes_bytes": "",
     "forks_a_pool": "",
     "terminates_a_fork": "",
+    "interrupts_a_program": "",
+    "logs_what_cannot_be_read": "",
     "leaves_a_thread": "",
     "writes_at_exit": "",
     "starts_a_program": "",

@@ -632,13 +632,92 @@ def test_a_node_whose_end_is_not_heard_of_has_not_completed() -> None:
 
     class Engine:
         def run(self, job: Any, resources: Any) -> tuple[str, bytes]:
-            return "lost", b"is lost with its worker"
+            return "ended", b"has sent nothing"
 
     job = script._Job({}, "", "", False, {}, "", "")
     node = Node(lambda x: x, "x", "y", name="a")
     in_children = script._InChildren(Engine(), job, {node: "its key"}, {})
-    with pytest.raises(RuntimeError, match=r"node .a. is lost with its worker"):
+    with pytest.raises(RuntimeError, match=r"node .a. has sent nothing"):
         in_children.run(node, 1)
+
+
+UNREACHABLE = """
+import time
+from pathlib import Path
+
+SCRIPT = Path("register_prefect_flow.py")
+
+
+def hide(numbers):
+    SCRIPT.rename("hidden.py")
+    return 1
+
+
+def wait(numbers):
+    while SCRIPT.exists():
+        time.sleep(0.1)
+    time.sleep(5)
+    Path("hidden.py").rename(SCRIPT)
+    return 1
+
+
+def go_on(waited):
+    return 1
+"""
+
+
+@pytest.mark.slow
+@with_dask
+def test_a_worker_that_cannot_run_a_node_takes_no_other_with_it(
+    dask_port: int, project: Path, server: Server
+) -> None:
+    write_pipeline(
+        project,
+        UNREACHABLE,
+        "node(wait, 'numbers', 'waited', name='wait'), node(hide, 'numbers', 'x', name='hide'),"
+        "node(go_on, 'x', 'y', name='fails'), node(go_on, 'waited', 'z', name='goes_on')",
+    )
+    write_config(project, f"task_runner: {{type: dask, address: 'tcp://127.0.0.1:{dask_port}'}}")
+    done = register(project, server, "--run")
+    output = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "the project has to be at the same path there, with this file" in output
+    assert "Completed node: goes_on" in output
+
+
+QUIET = """
+import logging
+import multiprocessing
+
+
+def say(number):
+    logging.getLogger("tiny.quiet").warning("number %d in a fork", number)
+
+
+def fork(numbers):
+    logging.getLogger("tiny.quiet").warning("in a child")
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(say, range(20))
+    return 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.one_lane
+def test_forks_log_to_loggers_that_do_not_propagate(project: Path, server: Server) -> None:
+    write_pipeline(project, QUIET, "node(fork, 'numbers', 'total', name='fork')")
+    (project / "conf/logging.yml").write_text(
+        "version: 1\nhandlers: {own: {class: logging.StreamHandler}}\n"
+        "loggers: {tiny.quiet: {handlers: [own], propagate: false}}\n"
+    )
+    write_config(project, "task_runner: {type: processes}")
+    done = register(project, server, "--run")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("in a child\n") == 1
+    for number in range(20):
+        assert output.count(f"number {number} in a fork\n") == 1
+    assert "Logging error" not in output
 
 
 @pytest.mark.slow

@@ -169,6 +169,21 @@ def test_what_has_changed_or_is_gone_runs_again(server: Server, pool: str, flaky
     assert "Runs again: finish_aside (side is gone)" in lines
 
 
+@pytest.mark.one_lane
+@pytest.mark.slow
+def test_a_version_that_is_gone_is_made_again_though_there_is_an_older_one(
+    server: Server, pool: str, flaky: Path
+) -> None:
+    flow_run_id = fail(server, pool, flaky)
+    (flaky / "mended").touch()
+    [version] = (flaky / "data/saved.pickle").iterdir()
+    version.rename(version.with_name("2021-01-01T00.00.00.000Z"))
+    assert server.retry(flow_run_id)["state_type"] == "COMPLETED"
+    assert "save" in ran(flaky)
+    assert version.exists()
+    eventually(lambda: "Runs again: save (saved is gone)" in logged(server, flow_run_id))
+
+
 RETRIES = {"PREFECT_FLOW_DEFAULT_RETRIES": "2", "PREFECT_FLOW_DEFAULT_RETRY_DELAY_SECONDS": "1"}
 
 

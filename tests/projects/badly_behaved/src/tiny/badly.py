@@ -211,6 +211,29 @@ def terminates_a_fork(numbers):
     return process.exitcode
 
 
+def interrupts_a_program(numbers):
+    program = subprocess.Popen(
+        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )
+    program.stdout.readline()  # Now it has its handlers.
+    program.send_signal(signal.SIGINT)
+    program.stdout.close()
+    return program.wait()
+
+
+class Unreadable(Exception):  # noqa: N818
+    """An error that can be pickled, and not be made again."""
+
+    def __init__(self, code, why):
+        super().__init__(f"{code}: {why}")
+
+
+def logs_what_cannot_be_read(numbers):
+    logging.getLogger("tiny.badly").warning("with an error", extra={"own": Unreadable(7, "why")})
+    return 1
+
+
 def leaves_a_thread(numbers):
     def write():
         time.sleep(2)
