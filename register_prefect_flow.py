@@ -319,10 +319,9 @@ if _PREFECT_3:
         ids = {state.state_details.task_run_id for state in upstream}
         arguments: Any = {"parameters": {}, "wait_for": failed[:1] or [None]}
         arguments["dependencies"] = {"wait_for": {TaskRunResult(id=each) for each in ids}}
-        arguments["context"] = {
-            "cancel_event": stopped
-        }  # It keeps its function from being called again.
-        return run_task(node_task, return_type="state", **arguments)
+        # Once it is set, no task calls its function again.
+        context = {"cancel_event": stopped}
+        return run_task(node_task, return_type="state", context=context, **arguments)
 
     async def _save_deployment(new: Any, name: str, fields: Any, old: Any, agent: bool) -> Any:  # noqa: ARG001
         """Create or update a deployment; what is not set stays as it is on the server."""
@@ -1119,7 +1118,7 @@ def _schedule(
 
 @contextmanager
 def _node_threads(count: int) -> Iterator[Callable[[Callable[[], None]], Any]]:
-    """Yield what calls a function in a thread, and wait for all; one thread is this one."""
+    """Yield what calls a function in a thread, and wait for all; a single thread is this one."""
 
     def call_in_daemon(call: Callable[[], None]) -> None:
         run = contextvars.copy_context().run
@@ -1298,7 +1297,9 @@ class PrefectRunner(kedro_runner.SequentialRunner):
             self._suggest_resume_scenario(pipeline, done_nodes, running.catalog)
             node, state = failed[0]  # It ended first, so it is no node that waited for another.
             problem = f"The task run of node '{node.name}' ended as {state.name}: {state.message}"
-            self.outcome.failure = running.errors.get(node.name, RuntimeError(problem))
+            # What was raised first: Prefect may end that task after another's.
+            errors = [*running.errors.values()] if node.name in running.errors else []
+            self.outcome.failure = errors[0] if errors else RuntimeError(problem)
             raise self.outcome.failure
 
 
@@ -1873,11 +1874,11 @@ def _make_plugin(distributed: Any, name: str, topic: str, script: str) -> Any:
         def _leave(self) -> None:
             with suppress(Exception):  # Another worker may have been faster.
                 # Dask also lets go of what has failed, and moves what a worker has that retires.
-                client = self._client
-                if not client.run_on_scheduler(
-                    lambda dask_scheduler: topic in dask_scheduler.clients
-                ):
-                    client.unregister_worker_plugin(name)
+                clients = self._client.run_on_scheduler(
+                    lambda dask_scheduler: [*dask_scheduler.clients]
+                )
+                if topic not in clients:
+                    self._client.unregister_worker_plugin(name)
 
         def run(self, job: dict[str, Any]) -> None:
             """Run a node in a child, and pass on its messages."""
