@@ -1586,7 +1586,7 @@ def _run_job(keys: dict[str, _NodeKey], checkpoints: _Checkpoints, job: _Job) ->
         remedy = "Does a resolver give another value each time? Put the value into a parameter."
         raise RuntimeError(f"{problem}. {remedy}")
     if job.runs_once:
-        begun = checkpoints.make(job.id)
+        begun = checkpoints.make(f"begun-{job.id}")
         if begun.exists():
             raise RuntimeError(f"The process that ran node '{node.name}' is lost with its worker")
         begun.save(node.name)
